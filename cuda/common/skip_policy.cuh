@@ -1,0 +1,63 @@
+// SkipPolicy: may this tile be skipped? Decides nothing but that; the mainloop owns the order of
+// loads.
+//   kVotes          whether a vote happens at all (compiled out of the dense kernel otherwise)
+//   kUnitsPerTile   most units that one vote covers
+#pragma once
+
+#include "cuda/common/numeric.cuh"
+#include "cuda/common/work_tile.cuh"
+
+namespace attnsieve {
+
+struct NoSkip {
+  static constexpr bool kVotes = false;
+  static constexpr int kUnitsPerTile = 1;
+  __device__ NoSkip(const AttendProblem&, const WorkTile&) {}
+};
+
+// Skip a tile iff for every row m_tile - m_run < ln(lambda) (BLASST). Row maxima are unscaled
+// logits.
+class ThresholdSkip {
+ public:
+  static constexpr bool kVotes = true;
+  static constexpr int kUnitsPerTile = 2;
+
+  __device__ ThresholdSkip(const AttendProblem& p, const WorkTile& tile) {
+    const Threshold& t = p.threshold;
+    float lambda = t.value;
+    if (t.per_head != nullptr)
+      lambda = t.per_head[tile.batch * t.stride_batch + tile.head * t.stride_head];
+    log2_lambda_ = log2f(lambda);
+    scale_log2_ = p.softmax_scale * kLog2e;
+    counters_ =
+        t.counters == nullptr ? nullptr : t.counters + (tile.batch * p.num_heads + tile.head) * 2;
+  }
+
+  // A row that sees nothing in the tile never vetoes; a NaN always does. lambda = 0 keeps
+  // everything.
+  __device__ bool row_vetoes(float tile_max, float running_max) const {
+    if (tile_max == negative_infinity()) return log2_lambda_ == negative_infinity();
+    return !((tile_max - running_max) * scale_log2_ < log2_lambda_);
+  }
+
+  __device__ void count(bool kept) {
+    ++total_;
+    skipped_ += kept ? 0 : 1;
+  }
+
+  __device__ void store_counters() const {
+    if (counters_ == nullptr || threadIdx.x != 0) return;
+    auto* counters = reinterpret_cast<unsigned long long*>(counters_);
+    atomicAdd(counters, static_cast<unsigned long long>(skipped_));
+    atomicAdd(counters + 1, static_cast<unsigned long long>(total_));
+  }
+
+ private:
+  float log2_lambda_;
+  float scale_log2_;
+  int64_t* counters_;
+  int skipped_ = 0;
+  int total_ = 0;
+};
+
+}  // namespace attnsieve

@@ -1,0 +1,122 @@
+// From a linear CTA number to the group of query rows it owns: (sequence, head, first row), with
+// the sequence's lengths and offsets read on device for varlen problems.
+#pragma once
+
+#include "attnsieve/problem.h"
+#include "attnsieve/visibility.h"
+#include "cuda/common/numeric.cuh"
+
+namespace attnsieve {
+
+// Positions within one sequence fit 32 bits (checked on the host); element offsets are 64-bit where
+// they are formed.
+struct WorkTile {
+  bool valid;
+  int batch;
+  int head;
+  int kv_head;
+  int row_begin;         // within the sequence
+  int row_end;           // row_begin + up to kGroupRows
+  int seqlen_q;
+  int seqlen_k;
+  int token_q;           // first token of the sequence in a varlen tensor, 0 when batched
+  int token_k;
+  int visible_begin;  // keys [visible_begin, visible_end) are visible to some row of the group
+  int visible_end;
+  int full_begin;  // keys [full_begin, full_end) are visible to every row of the group
+  int full_end;
+};
+
+// Upper bound of row groups over all sequences: what the host can know without reading cu_seqlens.
+ATTNSIEVE_HD int64_t max_row_groups(const AttendProblem& p) {
+  if (p.varlen.cu_seqlens_q != nullptr) return p.seqlen_q / kGroupRows + p.batch;
+  return p.batch * ((p.seqlen_q + kGroupRows - 1) / kGroupRows);
+}
+
+struct TokenRange {
+  int64_t begin;
+  int64_t length;
+};
+
+// Sequence `b` of a varlen tensor; malformed offsets are clamped so that no access leaves the
+// tensor.
+__device__ __forceinline__ TokenRange sequence_tokens(const int32_t* cu_seqlens, int64_t b,
+                                                      int64_t total) {
+  const int64_t begin = max64(0, min64(cu_seqlens[b], total));
+  const int64_t end = max64(begin, min64(cu_seqlens[b + 1], total));
+  return {begin, end - begin};
+}
+
+// Finds the sequence that owns row group `group`, 32 sequences a step; every warp does the same
+// search.
+__device__ __forceinline__ bool find_sequence(const AttendProblem& p, int64_t group, int* batch,
+                                              int64_t* group_in_sequence) {
+  const int lane = threadIdx.x % kWarpThreads;
+  int64_t passed = 0;
+  for (int64_t base = 0; base < p.batch; base += kWarpThreads) {
+    int64_t groups = 0;
+    if (base + lane < p.batch) {
+      const TokenRange tokens = sequence_tokens(p.varlen.cu_seqlens_q, base + lane, p.seqlen_q);
+      groups = (tokens.length + kGroupRows - 1) / kGroupRows;
+    }
+    int64_t inclusive = groups;
+#pragma unroll
+    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+      const int64_t below = __shfl_up_sync(0xffffffffu, inclusive, distance);
+      if (lane >= distance) inclusive += below;
+    }
+    const unsigned owners = __ballot_sync(0xffffffffu, passed + inclusive > group);
+    if (owners != 0) {
+      const int owner = __ffs(owners) - 1;
+      *batch = static_cast<int>(base) + owner;
+      *group_in_sequence = group - passed - __shfl_sync(0xffffffffu, inclusive - groups, owner);
+      return true;
+    }
+    passed += __shfl_sync(0xffffffffu, inclusive, kWarpThreads - 1);
+  }
+  return false;
+}
+
+// CTA order: heads outermost so that concurrent CTAs share K and V in L2, last rows first because
+// causal rows grow.
+__device__ __forceinline__ WorkTile locate_work(const AttendProblem& p, int64_t cta) {
+  WorkTile tile{};
+  const int64_t groups = max_row_groups(p);
+  int64_t group = groups - 1 - cta % groups;
+  tile.head = static_cast<int>(cta / groups);
+  tile.kv_head = tile.head / static_cast<int>(p.num_heads / p.num_kv_heads);
+  if (p.varlen.cu_seqlens_q != nullptr) {
+    int64_t group_in_sequence = 0;
+    tile.valid = find_sequence(p, group, &tile.batch, &group_in_sequence);
+    if (!tile.valid) return tile;
+    const TokenRange q_tokens = sequence_tokens(p.varlen.cu_seqlens_q, tile.batch, p.seqlen_q);
+    const TokenRange k_tokens = sequence_tokens(p.varlen.cu_seqlens_k, tile.batch, p.seqlen_k);
+    tile.token_q = static_cast<int>(q_tokens.begin);
+    tile.seqlen_q = static_cast<int>(q_tokens.length);
+    tile.token_k = static_cast<int>(k_tokens.begin);
+    tile.seqlen_k = static_cast<int>(k_tokens.length);
+    group = group_in_sequence;
+  } else {
+    const int64_t groups_per_sequence = groups / p.batch;
+    tile.valid = true;
+    tile.batch = static_cast<int>(group / groups_per_sequence);
+    tile.seqlen_q = static_cast<int>(p.seqlen_q);
+    tile.seqlen_k = static_cast<int>(p.seqlen_k);
+    group %= groups_per_sequence;
+  }
+  tile.row_begin = static_cast<int>(group) * kGroupRows;
+  tile.row_end = min(tile.row_begin + kGroupRows, tile.seqlen_q);
+  const KeyRange visible =
+      visible_keys(p.mask, tile.row_begin, tile.row_end, tile.seqlen_q, tile.seqlen_k);
+  tile.visible_begin = static_cast<int>(visible.begin);
+  tile.visible_end = static_cast<int>(max64(visible.begin, visible.end));
+  // The last row bounds the left side, the first row the right side.
+  const int last_row = tile.row_end - 1;
+  tile.full_begin = static_cast<int>(
+      visible_keys(p.mask, last_row, tile.row_end, tile.seqlen_q, tile.seqlen_k).begin);
+  tile.full_end = static_cast<int>(
+      visible_keys(p.mask, tile.row_begin, tile.row_begin + 1, tile.seqlen_q, tile.seqlen_k).end);
+  return tile;
+}
+
+}  // namespace attnsieve

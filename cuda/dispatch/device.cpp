@@ -1,0 +1,33 @@
+#include "cuda/dispatch/device.h"
+
+#include <array>
+#include <atomic>
+
+#include "cuda/common/cuda_check.h"
+
+namespace attnsieve::cuda {
+
+DeviceInfo current_device() {
+  constexpr int kMaxDevices = 64;
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  int index = 0;
+  check_cuda(cudaGetDevice(&index), "cudaGetDevice");
+  if (index < kMaxDevices && known[index] != 0) return {known[index]};
+  int major = 0;
+  int minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
+             "cudaDeviceGetAttribute");
+  const int capability = major * 10 + minor;
+  if (index < kMaxDevices) known[index] = capability;
+  return {capability};
+}
+
+void set_device(int index) {
+  int current = -1;
+  check_cuda(cudaGetDevice(&current), "cudaGetDevice");
+  if (current != index) check_cuda(cudaSetDevice(index), "cudaSetDevice");
+}
+
+}  // namespace attnsieve::cuda

@@ -1,0 +1,13 @@
+// Facts of the current CUDA device, read once per device.
+#pragma once
+
+#include "cuda/dispatch/heuristics.h"
+
+namespace attnsieve::cuda {
+
+DeviceInfo current_device();
+
+// Makes `index` current in this library's CUDA runtime, which is not the one torch links.
+void set_device(int index);
+
+}  // namespace attnsieve::cuda

@@ -1,0 +1,29 @@
+// Declarations of what the instantiation files define, so that the dispatcher compiles no kernels.
+#pragma once
+
+#include "attnsieve/problem.h"
+#include "cuda/dispatch/kernel_table.h"
+
+namespace cutlass {
+struct half_t;
+struct bfloat16_t;
+}  // namespace cutlass
+namespace cute {
+using cutlass::bfloat16_t;
+using cutlass::half_t;
+}  // namespace cute
+
+namespace attnsieve::sm80 {
+
+template <class Element, int kHeadDim>
+void launch_attend(const AttendProblem& problem, void* stream);
+template <class Element, int kHeadDim>
+std::vector<KernelEntry> attend_entries();
+
+void launch_merge_states(const MergeProblem& problem, void* stream);
+std::vector<KernelEntry> merge_states_entries();
+
+void launch_select_blocks(const SelectProblem& problem, int threads, void* stream);
+std::vector<KernelEntry> select_blocks_entries();
+
+}  // namespace attnsieve::sm80

@@ -1,0 +1,33 @@
+#include "cuda/dispatch/kernel_table.h"
+
+#include "cuda/dispatch/instantiations.h"
+
+namespace attnsieve::cuda {
+namespace {
+
+void append(std::vector<KernelEntry>& table, const std::string& prefix,
+            const std::vector<KernelEntry>& entries) {
+  for (const KernelEntry& entry : entries) {
+    table.push_back(entry);
+    table.back().name = prefix + " " + entry.name;
+  }
+}
+
+}  // namespace
+
+std::vector<KernelEntry> kernel_table() {
+  std::vector<KernelEntry> table;
+#if ATTNSIEVE_HEAD_DIM_64
+  append(table, "attend sm_80 bfloat16 hd64", sm80::attend_entries<cute::bfloat16_t, 64>());
+  append(table, "attend sm_80 float16 hd64", sm80::attend_entries<cute::half_t, 64>());
+#endif
+#if ATTNSIEVE_HEAD_DIM_128
+  append(table, "attend sm_80 bfloat16 hd128", sm80::attend_entries<cute::bfloat16_t, 128>());
+  append(table, "attend sm_80 float16 hd128", sm80::attend_entries<cute::half_t, 128>());
+#endif
+  append(table, "merge_states sm_80", sm80::merge_states_entries());
+  append(table, "select_blocks sm_80", sm80::select_blocks_entries());
+  return table;
+}
+
+}  // namespace attnsieve::cuda

@@ -1,0 +1,17 @@
+// merge_states and select_blocks on CUDA.
+#include "attnsieve/launch.h"
+#include "cuda/dispatch/device.h"
+#include "cuda/dispatch/instantiations.h"
+
+namespace attnsieve::cuda {
+
+void merge_states(const MergeProblem& problem, void* stream) {
+  require_supported("merge_states", Backend::kSm80, problem.dtype, problem.head_dim);
+  sm80::launch_merge_states(problem, stream);
+}
+
+void select_blocks(const SelectProblem& problem, void* stream) {
+  sm80::launch_select_blocks(problem, select_threads(problem.num_k_blocks()), stream);
+}
+
+}  // namespace attnsieve::cuda

@@ -1,0 +1,6 @@
+#include "cuda/sm80/attend/launch.cuh"
+
+namespace attnsieve::sm80 {
+template void launch_attend<cute::bfloat16_t, 128>(const AttendProblem&, void*);
+template std::vector<KernelEntry> attend_entries<cute::bfloat16_t, 128>();
+}  // namespace attnsieve::sm80

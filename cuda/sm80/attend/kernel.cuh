@@ -1,0 +1,50 @@
+// Computes        out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h / G, j]) v[b, h / G,
+// j] over the keys j that
+//                 the BlockIterator yields and the mask shows; lse[b, h, i] = ln sum_j exp(scale *
+//                 q . k) (+ sink).
+// Roles           One CTA owns one group of 64 query rows of one head of one sequence. Every warp
+// does the same work on
+//                 its own rows: 2 warps x 32 rows, or 4 warps x 16 rows when tiles are voted on.
+// Shared memory   head_dim        64           128
+//                 Q / output       8 KB         16 KB
+//                 K, V       8 KB x stages   16 KB x stages, each; 1 stage (dense, list), 2 stages
+//                 (voted)
+// Pipeline        cp.async groups. Not voted: K(j) | V(j) issued before S(j), K(j + 1) issued
+// before softmax(j).
+//                 Voted: K of the whole tile | V only after the tile is kept | next K behind it.
+// Invariants      row_max is -inf iff the row saw no finite logit. Units advance in the visiting
+// order whether or not tiles
+//                 are voted on, so threshold 0 is bitwise equal to no threshold.
+// Not handled     Backward, paged K/V, head_dim other than 64 and 128.
+#pragma once
+
+#include "cuda/sm80/attend/epilogue.cuh"
+
+namespace attnsieve::sm80 {
+
+template <class Config, class BlockIterator, class SkipPolicy>
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+    attend_kernel(const __grid_constant__ AttendProblem problem) {
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
+
+  {
+    const WorkTile located = locate_work(problem, blockIdx.x);
+    if (!located.valid) return;
+    if (threadIdx.x == 0) smem.tile = located;
+    __syncthreads();
+  }
+  const WorkTile& tile = smem.tile;
+  BlockIterator iterator(problem, tile, &smem.iterator_scratch);
+  SkipPolicy policy(problem, tile);
+
+  using Mainloop = AttendMainloop<Config, BlockIterator, SkipPolicy>;
+  Mainloop mainloop(problem, tile, smem);
+  typename Mainloop::FragmentO acc_o;
+  OnlineSoftmax<Mainloop::kRows> softmax;
+  mainloop.run(iterator, policy, acc_o, softmax);
+  if constexpr (SkipPolicy::kVotes) policy.store_counters();
+  store_output<Config>(problem, tile, mainloop, smem, acc_o, softmax);
+}
+
+}  // namespace attnsieve::sm80

@@ -1,0 +1,96 @@
+// Tiles of 64 rows between global memory and swizzled shared memory, 16 bytes a thread and pass.
+#pragma once
+
+#include "cuda/common/ptx_sm80.cuh"
+#include "cuda/sm80/attend/config.h"
+
+namespace attnsieve::sm80 {
+
+template <class Config>
+class TileCopy {
+  using Element = typename Config::Element;
+  static constexpr int kRows = kUnitKeys;
+  static constexpr int kVector = 16 / sizeof(Element);
+  static constexpr int kChunks = Config::kHeadDim / kVector;  // 16-byte chunks of a row
+  static constexpr int kRowsPerPass = Config::kThreads / kChunks;
+  static constexpr int kPasses = kRows / kRowsPerPass;
+  static_assert(Config::kTileM == kRows, "one copy shape serves Q, K, V and the output");
+
+ public:
+  __device__ TileCopy() : row_(threadIdx.x / kChunks), column_(threadIdx.x % kChunks * kVector) {}
+
+  // Starts the copy of rows [0, valid_rows) of a tile; the other rows become zero.
+  __device__ void load(Element* smem, const Element* gmem, int64_t stride_row,
+                       int valid_rows) const {
+    const Element* source = gmem + row_ * stride_row + column_;
+    Element* const targets[2] = {element(smem, 0), element(smem, 1)};
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+#if LOADBR
+      if (valid_rows >= 64) cp_async_16(targets[pass % 2] + pass / 2 * kPairStride, source); else
+#endif
+      cp_async_16_or_zero(targets[pass % 2] + pass / 2 * kPairStride, source,
+                          row_ + pass * kRowsPerPass < valid_rows);
+      source += kRowsPerPass * stride_row;
+    }
+  }
+
+  // Writes rows [0, valid_rows) of a shared tile to global memory.
+  __device__ void store(Element* gmem, Element* smem, int64_t stride_row, int valid_rows) const {
+    Element* target = gmem + row_ * stride_row + column_;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (row_ + pass * kRowsPerPass < valid_rows) {
+        *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(element(smem, pass));
+      }
+      target += kRowsPerPass * stride_row;
+    }
+  }
+
+  // True if one of this thread's elements of a shared tile is NaN or infinite.
+  __device__ bool any_non_finite(Element* smem) const {
+    bool found = false;
+    for_each_word(smem, [&](uint32_t& word) {
+      found |= is_non_finite(word & 0xffffu) || is_non_finite(word >> 16);
+    });
+    return found;
+  }
+
+  __device__ void zero_non_finite(Element* smem) const {
+    for_each_word(smem, [](uint32_t& word) {
+      if (is_non_finite(word & 0xffffu)) word &= 0xffff0000u;
+      if (is_non_finite(word >> 16)) word &= 0x0000ffffu;
+    });
+  }
+
+  static __device__ bool is_non_finite(uint32_t bits16) {
+    constexpr uint32_t kExponent = std::is_same_v<Element, cute::bfloat16_t> ? 0x7f80u : 0x7c00u;
+    return (bits16 & kExponent) == kExponent;
+  }
+
+ private:
+  // The swizzle repeats every 8 rows, which two passes always complete.
+  static constexpr int kPairStride = 2 * kRowsPerPass * 64;
+  static_assert(2 * kRowsPerPass % 8 == 0);
+
+  // This thread's 16-byte chunk of a pass.
+  __device__ Element* element(Element* smem, int pass) const {
+    auto tile = cute::make_tensor(cute::make_smem_ptr(smem), typename Config::SmemLayoutUnit{});
+    return &tile(row_ + pass * kRowsPerPass, column_);
+  }
+
+  template <class F>
+  __device__ void for_each_word(Element* smem, F&& f) const {
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      auto* words = reinterpret_cast<uint32_t*>(element(smem, pass));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(words[i]);
+    }
+  }
+
+  int row_;
+  int column_;
+};
+
+}  // namespace attnsieve::sm80

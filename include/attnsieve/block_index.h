@@ -1,0 +1,34 @@
+// BlockIndex: which KV blocks each block of query rows attends to. Fields and invariants as in the
+// semantics:
+//   counts  int32 [B, Hidx, nQ]            blocks kept by the row, 0 <= counts <= capacity
+//   columns int32 [B, Hidx, nQ, capacity]  KV block ids; entries past `counts` are never read
+// Canonical rows are strictly increasing. Non-canonical entries are safe: ids outside [0, nK) are
+// skipped, counts are clamped to [0, capacity], a duplicate is attended twice.
+#pragma once
+
+#include <cstdint>
+
+namespace attnsieve {
+
+// Finest key granularity at which every backend walks a list, applies masks and updates the online
+// softmax.
+inline constexpr int kUnitKeys = 64;
+// Query rows that share one threshold decision.
+inline constexpr int kGroupRows = 64;
+
+struct BlockIndexView {
+  const int32_t* counts = nullptr;   // nullptr: no index, attend to every visible key
+  const int32_t* columns = nullptr;
+  int64_t counts_stride_batch = 0;   // 0 where Hidx or B broadcasts
+  int64_t counts_stride_head = 0;
+  int64_t columns_stride_batch = 0;
+  int64_t columns_stride_head = 0;
+  int64_t columns_stride_row = 0;    // = capacity for a contiguous tensor
+  int32_t num_rows = 0;              // nQ; rows of q beyond it attend to nothing
+  int32_t capacity = 0;
+  int32_t heads_per_list = 1;        // query head h reads list h / heads_per_list
+  int32_t block_q = 64;
+  int32_t block_k = 64;
+};
+
+}  // namespace attnsieve

@@ -1,0 +1,102 @@
+// What is supported, as data: one row per (op, backend). The dispatchers refuse by it, the doctor
+// and the README print it, the tests expect it.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "attnsieve/status.h"
+#include "attnsieve/tensor_view.h"
+
+namespace attnsieve {
+
+enum class Backend { kCpu, kSm80 };
+
+inline const char* backend_name(Backend backend) {
+  return backend == Backend::kCpu ? "cpu" : "sm_80";
+}
+
+struct Capability {
+  const char* op;
+  Backend backend;
+  std::vector<DType> dtypes;
+  std::vector<int> head_dims;  // empty: every multiple of 8 up to max_head_dim
+  int max_head_dim;
+  const char* features;
+
+  bool supports(DType dtype, int64_t head_dim) const {
+    if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) return false;
+    if (head_dims.empty()) return head_dim > 0 && head_dim % 8 == 0 && head_dim <= max_head_dim;
+    return std::find(head_dims.begin(), head_dims.end(), static_cast<int>(head_dim)) !=
+           head_dims.end();
+  }
+
+  // "dtype in {float16, bfloat16} and head_dim in {64, 128}"
+  std::string supported() const {
+    std::string text = "dtype in {";
+    for (size_t i = 0; i < dtypes.size(); ++i)
+      text += (i > 0 ? ", " : "") + std::string(dtype_name(dtypes[i]));
+    text += "} and head_dim ";
+    if (head_dims.empty()) return text + "a multiple of 8 up to " + std::to_string(max_head_dim);
+    text += "in {";
+    for (size_t i = 0; i < head_dims.size(); ++i)
+      text += (i > 0 ? ", " : "") + std::to_string(head_dims[i]);
+    return text + "}";
+  }
+};
+
+inline const std::vector<Capability>& capabilities() {
+  static const char* const kAttendFeatures =
+      "dense, BlockIndex (block_q, block_k in {64, 128}), causal, window, GQA, varlen, strides, "
+      "lse, sink, threshold";
+  static const char* const kSelectFeatures =
+      "top-k, fraction, top-p; sink, local and diagonal blocks; causal, window";
+  static const std::vector<Capability> table = {
+      {"attend",
+       Backend::kCpu,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       kAttendFeatures},
+      {"attend",
+       Backend::kSm80,
+       {DType::kFloat16, DType::kBFloat16},
+       {64, 128},
+       128,
+       kAttendFeatures},
+      {"merge_states",
+       Backend::kCpu,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       1024,
+       "any number of states"},
+      {"merge_states",
+       Backend::kSm80,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       1024,
+       "any number of states"},
+      {"select_blocks", Backend::kCpu, {DType::kFloat32}, {}, 0, kSelectFeatures},
+      {"select_blocks", Backend::kSm80, {DType::kFloat32}, {}, 0, kSelectFeatures},
+  };
+  return table;
+}
+
+inline const Capability& capability(const std::string& op, Backend backend) {
+  for (const Capability& row : capabilities()) {
+    if (row.op == op && row.backend == backend) return row;
+  }
+  throw Unsupported(op + " has no " + backend_name(backend) + " backend");
+}
+
+// Throws Unsupported with the supported set unless the backend serves (dtype, head_dim).
+inline void require_supported(const std::string& op, Backend backend, DType dtype,
+                              int64_t head_dim) {
+  const Capability& row = capability(op, backend);
+  if (row.supports(dtype, head_dim)) return;
+  throw Unsupported(op + " on " + backend_name(backend) + " got dtype " + dtype_name(dtype) +
+                    ", head_dim " + std::to_string(head_dim) + "; supported: " + row.supported());
+}
+
+}  // namespace attnsieve

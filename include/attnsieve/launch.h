@@ -1,0 +1,37 @@
+// Entry points of the backends. CUDA entry points enqueue on `stream` and return; they never
+// synchronise, allocate or read device memory. CPU entry points return when the result is written.
+#pragma once
+
+#include "attnsieve/problem.h"
+
+namespace attnsieve {
+
+// Runs body(begin, end) over disjoint chunks that cover [0, items), possibly in parallel. Bodies
+// must not throw.
+struct ParallelFor {
+  using Body = void (*)(void* context, int64_t begin, int64_t end);
+  void (*run)(int64_t items, Body body, void* context) = nullptr;
+
+  template <class F>
+  void operator()(int64_t items, F&& f) const {
+    auto call = [](void* context, int64_t begin, int64_t end) {
+      (*static_cast<F*>(context))(begin, end);
+    };
+    run(items, call, &f);
+  }
+};
+
+namespace cpu {
+void attend(const AttendProblem& problem, const ParallelFor& parallel_for);
+void merge_states(const MergeProblem& problem, const ParallelFor& parallel_for);
+void select_blocks(const SelectProblem& problem, const ParallelFor& parallel_for);
+}  // namespace cpu
+
+namespace cuda {
+// `stream` is a cudaStream_t of the current device.
+void attend(const AttendProblem& problem, void* stream);
+void merge_states(const MergeProblem& problem, void* stream);
+void select_blocks(const SelectProblem& problem, void* stream);
+}  // namespace cuda
+
+}  // namespace attnsieve

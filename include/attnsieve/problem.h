@@ -1,0 +1,115 @@
+// The problem structs: everything a backend needs to know about one call, as plain data. CPU and
+// CUDA backends take the same structs, so a host program or a test can build one without torch.
+#pragma once
+
+#include <cstdint>
+
+#include "attnsieve/block_index.h"
+#include "attnsieve/tensor_view.h"
+
+namespace attnsieve {
+
+inline constexpr int64_t kUnbounded = -1;  // window side without a limit
+
+struct Mask {
+  bool causal = false;  // query row i sees key j <= i + seqlen_k - seqlen_q (bottom-right)
+  int64_t window_left = kUnbounded;  // j >= i + seqlen_k - seqlen_q - window_left
+  int64_t window_right = kUnbounded;  // j <= i + seqlen_k - seqlen_q + window_right
+};
+
+// int32 [B + 1] on the problem's device; nullptr for a batched problem.
+struct Varlen {
+  const int32_t* cu_seqlens_q = nullptr;
+  const int32_t* cu_seqlens_k = nullptr;
+};
+
+// Threshold skipping. Off when `enabled` is false; otherwise lambda is `per_head[b * stride_batch +
+// h * stride_head]` or, where per_head is nullptr, `value`.
+struct Threshold {
+  bool enabled = false;
+  float value = 0.0f;
+  const float* per_head = nullptr;
+  int64_t stride_batch = 0;
+  int64_t stride_head = 0;
+  int32_t skip_block =
+      128;  // keys per voted tile: 64 or 128. Also fixes the visiting order when disabled.
+  int64_t* counters =
+      nullptr;  // int64 [B, Hq, 2] (skipped, total), zeroed by the backend; may be nullptr
+};
+
+struct AttendProblem {
+  HeadTensor q, k, v, out;
+  RowTensor lse;  // data may be nullptr
+  int64_t batch = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t seqlen_q = 0;  // varlen: all query tokens of the batch
+  int64_t seqlen_k = 0;  // varlen: all key tokens of the batch
+  int64_t head_dim = 0;
+  DType dtype = DType::kFloat32;
+  float softmax_scale = 0.0f;
+  Mask mask;
+  Varlen varlen;
+  BlockIndexView index;
+  Threshold threshold;
+  const float* sink = nullptr;  // float32 [Hq]: one more logit per row that has no value vector
+
+  bool is_varlen() const { return varlen.cu_seqlens_q != nullptr; }
+  bool is_indexed() const { return index.counts != nullptr; }
+  int64_t group_size() const { return num_heads / num_kv_heads; }
+};
+
+// out[i] = sum_n softmax_n(lse[n, i]) * outs[n, i];  lse[i] = logsumexp_n lse[n, i]. Rows are
+// flattened.
+struct MergeProblem {
+  const void* outs = nullptr;  // [N, rows, head_dim] contiguous
+  const float* lses = nullptr;  // [N, rows] contiguous
+  void* out = nullptr;  // [rows, head_dim] contiguous
+  float* lse = nullptr;  // [rows] contiguous
+  int64_t num_states = 0;
+  int64_t rows = 0;
+  int64_t head_dim = 0;
+  DType dtype = DType::kFloat32;
+};
+
+enum class SelectRule : int32_t {
+  kTopK,  // budget = `topk` blocks a row
+  kFraction,  // budget = max(min_blocks, ceil(fraction * visible blocks of the row))
+  kTopP,  // fewest blocks whose softmax mass over the row's visible blocks reaches top_p, at least
+          // min_blocks
+};
+
+// Rows of block scores -> BlockIndex. Row r of q-blocks sees the KV blocks that hold a key visible
+// to any of its rows. Forced blocks rank before all others and are inside the budget; when there
+// are more forced blocks than budget, all forced blocks are kept and nothing else.
+struct SelectProblem {
+  const float* scores = nullptr;  // [B, H, nQ, nK], last dimension contiguous
+  int64_t scores_stride_batch = 0;
+  int64_t scores_stride_head = 0;
+  int64_t scores_stride_row = 0;
+  int32_t* counts = nullptr;  // [B, H, nQ] contiguous
+  int32_t* columns = nullptr;  // [B, H, nQ, capacity] contiguous; tail filled with -1
+  int64_t batch = 0;
+  int64_t num_heads = 0;
+  int64_t seqlen_q = 0;
+  int64_t seqlen_k = 0;
+  int32_t block_q = 64;
+  int32_t block_k = 64;
+  int32_t capacity = 0;  // = nK unless the rule bounds it
+  Mask mask;
+  SelectRule rule = SelectRule::kTopK;
+  int32_t topk = 0;
+  double fraction = 0.0;
+  double top_p = 0.0;
+  int32_t min_blocks = 1;
+  int32_t sink_blocks = 0;  // the first n blocks are forced (where visible)
+  int32_t local_blocks =
+      0;  // the n blocks before the row's diagonal blocks are forced (where visible)
+  bool force_diagonal =
+      false;  // blocks that hold the row's own positions are forced (where visible)
+
+  int64_t num_q_blocks() const { return (seqlen_q + block_q - 1) / block_q; }
+  int64_t num_k_blocks() const { return (seqlen_k + block_k - 1) / block_k; }
+};
+
+}  // namespace attnsieve

@@ -1,0 +1,67 @@
+"""attnsieve: sparse attention kernels that compute only what the scores say matters.
+
+Score cheaply, select, attend exactly: the functions below are that sentence in parts. Everything
+runs on CPU and on NVIDIA GPUs with the same semantics.
+"""
+
+from __future__ import annotations
+
+from attnsieve._library import info_module as _info_module
+from attnsieve._library import load_ops as _load_ops
+
+_load_ops()
+
+from attnsieve import _fake as _fake  # noqa: E402  (registers on the ops loaded above)
+from attnsieve.index import BlockIndex  # noqa: E402
+from attnsieve.ops import (  # noqa: E402
+    block_sparse_attention,
+    merge_states,
+    pooled_block_scores,
+    select_blocks,
+    select_from_scores,
+    threshold_attention,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockIndex",
+    "block_sparse_attention",
+    "build_info",
+    "capabilities",
+    "kernel_attributes",
+    "merge_states",
+    "pooled_block_scores",
+    "reference",
+    "select_blocks",
+    "select_from_scores",
+    "threshold_attention",
+]
+
+
+def build_info() -> dict[str, str]:
+    """How this library was built: version, kernel_hash, compiler, cuda ("" without), archs,
+    head_dims, torch_target (the oldest torch it runs on)."""
+    return _info_module().build_info()
+
+
+def capabilities() -> list[dict[str, str]]:
+    """The capability table: op, backend, supported dtypes and head dims, features."""
+    return _info_module().capabilities()
+
+
+def kernel_attributes() -> list[dict[str, int | str]]:
+    """Registers, local and shared memory in bytes, and CTAs per SM of every CUDA kernel.
+
+    Raises:
+        RuntimeError: there is no usable GPU, or this is a CPU-only build.
+    """
+    return _info_module().kernel_attributes()
+
+
+def __getattr__(name: str):
+    if name == "reference":  # the fp64 oracle is not needed to run a kernel
+        import importlib
+
+        return importlib.import_module("attnsieve.reference")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

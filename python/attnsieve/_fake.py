@@ -1,0 +1,98 @@
+"""Fake kernels (shapes, dtypes and strides without data) and the autograd refusal of every op."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _attend_out(q: Tensor) -> Tensor:
+    # Repeats allocate_out of python/bindings/attend.cpp.
+    if q.dim() == 4:
+        batch, heads, rows, head_dim = q.shape
+        if heads > 1 and rows > 1 and q.stride(1) < q.stride(2) and q.stride(1) != 0:
+            strides = (rows * heads * head_dim, head_dim, heads * head_dim, 1)
+            return q.new_empty_strided(q.shape, strides)
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("attnsieve::attend")
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor | None,
+    columns: Tensor | None,
+    block_q: int,
+    block_k: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    sink: Tensor | None,
+    threshold: float | None,
+    threshold_per_head: Tensor | None,
+    skip_block: int,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cu_seqlens_q is not None:
+        batch, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
+        lse_shape = (q.shape[0], heads)
+    else:
+        batch, heads = q.shape[0], q.shape[1]
+        lse_shape = (batch, heads, q.shape[2])
+    voted = threshold is not None or threshold_per_head is not None
+    counters = q.new_empty((batch, heads, 2) if voted else (0,), dtype=torch.int64)
+    return _attend_out(q), q.new_empty(lse_shape, dtype=torch.float32), counters
+
+
+@torch.library.register_fake("attnsieve::merge_states")
+def _merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+@torch.library.register_fake("attnsieve::select_blocks")
+def _select_blocks(
+    scores: Tensor,
+    seqlen_q: int,
+    seqlen_k: int,
+    block_q: int,
+    block_k: int,
+    topk: int | None,
+    fraction: float | None,
+    top_p: float | None,
+    min_blocks: int,
+    sink_blocks: int,
+    local_blocks: int,
+    diagonal: bool,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor]:
+    # Repeats capacity_of of python/bindings/small_ops.cpp.
+    batch, heads, rows, num_k_blocks = scores.shape
+    forced = sink_blocks + local_blocks + block_q // block_k + 2
+    kept = num_k_blocks
+    if topk is not None:
+        kept = topk
+    elif fraction is not None:
+        kept = max(min_blocks, math.ceil(fraction * num_k_blocks))
+    capacity = min(num_k_blocks, max(kept, forced))
+    counts = scores.new_empty((batch, heads, rows), dtype=torch.int32)
+    return counts, scores.new_empty((batch, heads, rows, capacity), dtype=torch.int32)
+
+
+def _refuse_backward(op: str):
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"attnsieve::{op} has no backward yet: use torch.no_grad() or detach its inputs"
+        )
+
+    return backward
+
+
+for _op in ("attend", "merge_states", "select_blocks"):
+    torch.library.register_autograd(f"attnsieve::{_op}", _refuse_backward(_op))

@@ -1,0 +1,112 @@
+"""Progress, table and JSON of the demo; rich where it is installed, plain text elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from attnsieve.demo.measure import Result
+
+COLUMNS = (
+    "method",
+    "budget",
+    "density",
+    "perplexity",
+    "attention ms",
+    "of it select",
+    "vs dense",
+    "vs SDPA",
+    "total ms",
+)
+
+
+def _has_rich() -> bool:
+    return importlib.util.find_spec("rich") is not None
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Yields ``step(text)``, which announces the next of ``total`` pieces of work on stderr."""
+    if _has_rich() and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+            task = bar.add_task("", total=total)
+            begun = False
+
+            def step(text: str) -> None:
+                nonlocal begun
+                bar.update(task, description=text, advance=1 if begun else 0)
+                begun = True
+
+            yield step
+    else:
+        done = 0
+
+        def step(text: str) -> None:
+            nonlocal done
+            done += 1
+            print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True)
+
+        yield step
+
+
+def cells(result: Result) -> tuple[str, ...]:
+    """A result as the texts of one table row."""
+    return (
+        result.method,
+        result.budget,
+        f"{result.density:.3f}",
+        f"{result.perplexity:.3f}",
+        _milliseconds(result.attention_ms),
+        _milliseconds(result.select_ms) if result.select_ms else "",
+        f"{result.speedup_vs_dense:.2f}x",
+        f"{result.speedup_vs_sdpa:.2f}x",
+        _milliseconds(result.total_ms),
+    )
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def print_table(title: str, results: Sequence[Result], notes: Sequence[str]) -> None:
+    """The table and its notes on stdout."""
+    if _has_rich():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for column in COLUMNS:
+            left = column in ("method", "budget")
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        for result in results:
+            table.add_row(*cells(result))
+        # Piped output has no width of its own; the table must not be cut there.
+        console = Console() if sys.stdout.isatty() else Console(width=120)
+        console.print(table)
+    else:
+        rows = [COLUMNS, *(cells(result) for result in results)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        print(title)
+        for row in rows:
+            texts = (
+                text.ljust(width) if place < 2 else text.rjust(width)
+                for place, (text, width) in enumerate(zip(row, widths, strict=True))
+            )
+            print("  ".join(texts).rstrip())
+    for note in notes:
+        print(f"  {note}")
+
+
+def write_json(path: Path, settings: dict, results: Sequence[Result]) -> None:
+    """``settings`` and the rows as one JSON object."""
+    record = {**settings, "rows": [result.as_dict() for result in results]}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,431 @@
+"""The public functions: meaning of arguments, defaults, readable errors.
+
+Shapes: ``B`` batch, ``Hq`` query heads, ``Hkv`` key/value heads (``Hq % Hkv == 0``; query head ``h``
+uses KV head ``h // (Hq // Hkv)``), ``Sq``/``Sk`` sequence lengths, ``D`` head dim, ``nQ``/``nK``
+number of q and KV blocks. Every function runs on the current stream of the tensors' device, never
+synchronises, and can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnsieve.index import BlockIndex
+
+__all__ = [
+    "block_sparse_attention",
+    "merge_states",
+    "pooled_block_scores",
+    "select_blocks",
+    "select_from_scores",
+    "threshold_attention",
+]
+
+Window = tuple[int, int]
+
+_UNSUPPORTED = "attnsieve unsupported: "  # status.h, Unsupported::kPrefix
+_DEFAULT_BLOCK = 64
+_SKIP_BLOCK = 128
+
+
+def _call(op, *args):
+    """Calls a torch op; a refusal of the library becomes NotImplementedError."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        text = str(error)
+        if _UNSUPPORTED not in text:
+            raise
+        message = text[text.index(_UNSUPPORTED) + len(_UNSUPPORTED) :].split("\nException raised")[
+            0
+        ]
+        raise NotImplementedError(message) from None
+
+
+def _sides(window: Window | None) -> Window:
+    if window is None:
+        return -1, -1
+    left, right = window
+    return left, right
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex | None,
+    threshold: float | None,
+    threshold_per_head: Tensor | None,
+    skip_block: int,
+    causal: bool,
+    window: Window | None,
+    softmax_scale: float | None,
+    sink: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    validate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if index is not None and not isinstance(index, BlockIndex):
+        raise TypeError(f"index: expected a BlockIndex or None, got {type(index).__name__}")
+    if validate:
+        _validate(q, k, index, cu_seqlens_q, cu_seqlens_k)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    left, right = _sides(window)
+    return _call(
+        torch.ops.attnsieve.attend.default,
+        q,
+        k,
+        v,
+        None if index is None else index.counts,
+        None if index is None else index.columns,
+        _DEFAULT_BLOCK if index is None else index.block_q,
+        _DEFAULT_BLOCK if index is None else index.block_k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        sink,
+        threshold,
+        threshold_per_head,
+        skip_block,
+        scale,
+        causal,
+        left,
+        right,
+    )
+
+
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    index: BlockIndex | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> None:
+    longest_k = k.shape[-2]
+    for name, offsets, total in (
+        ("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
+        ("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
+    ):
+        if offsets is None:
+            continue
+        values = offsets.tolist()
+        lengths = [end - begin for begin, end in zip(values, values[1:], strict=False)]
+        if values[0] != 0 or values[-1] != total or min(lengths, default=0) < 0:
+            raise ValueError(f"{name}: expected ascending offsets from 0 to {total}, got {values}")
+        if name == "cu_seqlens_k":
+            longest_k = max(lengths, default=0)
+    if index is not None:
+        index.validate(-(-longest_k // index.block_k))
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex | None = None,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    softmax_scale: float | None = None,
+    sink: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    validate: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention over the KV blocks of ``index`` (all of them without one).
+
+    Block-sparse FlashAttention: for every row of q-blocks only the listed KV blocks are loaded.
+
+    Args:
+        q: ``[B, Hq, Sq, D]``, or ``[Tq, Hq, D]`` with ``cu_seqlens``. float16 or bfloat16; float32
+            on CPU too. Any strides with a contiguous last dimension and 16-byte aligned rows, so
+            ``[B, S, H, D]`` data is passed as ``.transpose(1, 2)`` without a copy.
+        k, v: ``[B, Hkv, Sk, D]`` or ``[Tk, Hkv, D]``, dtype and device of q.
+        index: which KV blocks each q-block attends to; block sizes 64 and 128 in any combination.
+            Its list heads are Hq, Hkv or 1. Rows are intersected with the masks below.
+        causal: query row i sees keys ``j <= i + Sk - Sq`` (bottom-right).
+        window: ``(left, right)`` keys around the same diagonal, -1 for no limit. With ``causal``
+            the right side is 0.
+        softmax_scale: positive; default ``1 / sqrt(D)``.
+        sink: float32 ``[Hq]``: one more logit per row that has no value (attention sink as in
+            gpt-oss). Not scaled.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]`` token offsets of packed sequences, ascending
+            from 0 to the number of tokens. ``index`` then counts q-blocks from each sequence's
+            start; rows past the index attend to nothing.
+        validate: check ``index`` and ``cu_seqlens`` on the host first (synchronises).
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        ``out`` like q, or ``(out, lse)`` with ``lse`` float32 ``[B, Hq, Sq]`` (varlen ``[Tq, Hq]``),
+        natural logarithm, sink included. A row with nothing to attend to gives 0 and -inf (with a
+        sink: 0 and the sink).
+
+    Raises:
+        ValueError: malformed argument, named in the text; with ``validate`` also a bad index.
+        NotImplementedError: dtype or head dim without a kernel; the text lists the supported set.
+            Also in backward: there is none yet.
+    """
+    out, lse, _ = _attend(
+        q,
+        k,
+        v,
+        index,
+        None,
+        None,
+        _SKIP_BLOCK,
+        causal,
+        window,
+        softmax_scale,
+        sink,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        validate,
+    )
+    return (out, lse) if return_lse else out
+
+
+def threshold_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    threshold: float | Tensor | None,
+    *,
+    index: BlockIndex | None = None,
+    skip_block: int = _SKIP_BLOCK,
+    causal: bool = False,
+    window: Window | None = None,
+    softmax_scale: float | None = None,
+    sink: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    validate: bool = False,
+    return_lse: bool = False,
+    return_counters: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention that skips KV tiles whose logits can no longer matter (BLASST).
+
+    A tile of ``skip_block`` keys is skipped for a group of 64 query rows of one head iff for every
+    row ``m_tile - m_run < ln(threshold)``: scaled, masked logits, ``m_run`` the running maximum
+    before the tile. The tile that holds the group's last visible key is visited first and never
+    skipped, the others follow in ascending order. The result is renormalised over the kept tiles.
+
+    Args:
+        threshold: lambda, final (not a scale factor): a float >= 0, a float32 tensor ``[B]`` or
+            ``[]``, or None for the kernel without skipping. 0 skips nothing and is bitwise equal to
+            None; values above 1 are legal.
+        index: restricts the keys first, as in :func:`block_sparse_attention`.
+        skip_block: 64 or 128 keys per tile.
+        return_counters: also return int64 ``[B, Hq, 2]``: (skipped, total) tiles.
+
+    Other arguments, returns and errors as :func:`block_sparse_attention`. Return order:
+    ``out[, lse][, counters]``.
+    """
+    value: float | None = None
+    per_head: Tensor | None = None
+    if isinstance(threshold, Tensor):
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != batch):
+            raise ValueError(
+                f"threshold: expected a float or a tensor of shape [] or [{batch}] (batch), "
+                f"got shape {list(threshold.shape)}"
+            )
+        per_head = threshold.reshape(-1, 1).expand(batch, q.shape[1])
+    elif threshold is not None:
+        value = float(threshold)
+    if return_counters and threshold is None:
+        raise ValueError("return_counters: there are no counters when threshold is None")
+    out, lse, counters = _attend(
+        q,
+        k,
+        v,
+        index,
+        value,
+        per_head,
+        skip_block,
+        causal,
+        window,
+        softmax_scale,
+        sink,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        validate,
+    )
+    results = (out,) + ((lse,) if return_lse else ()) + ((counters,) if return_counters else ())
+    return results if len(results) > 1 else out
+
+
+def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Combines attention results over disjoint key sets by their log-sum-exp (split KV, cascades).
+
+    Args:
+        outs: ``[N, ..., D]``, or a list of N tensors ``[..., D]``; float32, float16 or bfloat16,
+            ``D`` a multiple of 8.
+        lses: float32 ``[N, ...]``, natural logarithm, or a list of N tensors ``[...]``.
+
+    Returns:
+        ``(out [..., D], lse [...])``: the attention over the union. A state with ``lse = -inf``
+        contributes nothing whatever its values; if all are -inf (or N = 0): 0 and -inf.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        NotImplementedError: dtype or head dim without a kernel.
+    """
+    if isinstance(outs, list | tuple):
+        outs = torch.stack(outs)
+    if isinstance(lses, list | tuple):
+        lses = torch.stack(lses)
+    return _call(torch.ops.attnsieve.merge_states.default, outs, lses)
+
+
+def _pool(x: Tensor, block: int) -> Tensor:
+    """float32 means over blocks of rows: [B, H, S, D] -> [B, H, ceil(S / block), D]."""
+    rows = x.shape[2]
+    full = rows // block * block
+    parts = [x[:, :, :full].unflatten(2, (-1, block)).mean(3, dtype=torch.float32)] if full else []
+    if full < rows:
+        parts.append(x[:, :, full:].mean(2, keepdim=True, dtype=torch.float32))
+    if not parts:
+        return x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=torch.float32)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def pooled_block_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_q: int = _DEFAULT_BLOCK,
+    block_k: int = _DEFAULT_BLOCK,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Block scores from mean-pooled queries and keys (MInference, MoBA and others).
+
+    Args:
+        q: ``[B, Hq, Sq, D]``; k: ``[B, Hkv, Sk, D]``, same dtype and device.
+        block_q, block_k: rows pooled into one; a ragged last block averages its real rows.
+        softmax_scale: default ``1 / sqrt(D)``.
+
+    Returns:
+        float32 ``[B, Hq, nQ, nK]``: ``softmax_scale * mean(q block) . mean(k block)``. No masks:
+        the selector knows which blocks a row sees.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "q, k: expected [B, Hq, Sq, D] and [B, Hkv, Sk, D] of one batch and head_dim, got "
+            f"{list(q.shape)} and {list(k.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"q: {q.shape[1]} heads are no multiple of k's {k.shape[1]}")
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    pooled_q, pooled_k = _pool(q, block_q), _pool(k, block_k)
+    grouped = pooled_q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * nQ, D]
+    scores = torch.matmul(grouped, pooled_k.transpose(2, 3)) * scale
+    return scores.view(q.shape[0], q.shape[1], pooled_q.shape[2], pooled_k.shape[2])
+
+
+def select_from_scores(
+    scores: Tensor,
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    topk: int | None = None,
+    fraction: float | None = None,
+    top_p: float | None = None,
+    block_q: int = _DEFAULT_BLOCK,
+    block_k: int = _DEFAULT_BLOCK,
+    min_blocks: int = 1,
+    sink_blocks: int = 1,
+    local_blocks: int = 0,
+    diagonal: bool = True,
+    causal: bool = False,
+    window: Window | None = None,
+) -> BlockIndex:
+    """Keeps the best KV blocks of every row of block scores, on device and exactly.
+
+    A row sees the KV blocks that hold a key visible to one of its query rows. Ranking is by score,
+    descending; ties go to the smaller index, NaN ranks below -inf. Forced blocks (the first
+    ``sink_blocks``, the row's ``diagonal`` blocks, ``local_blocks`` before them) rank above all
+    and are inside the budget; more forced blocks than budget are all kept.
+
+    Args:
+        scores: float32 ``[B, H, nQ, nK]``, last dimension contiguous.
+        seqlen_q, seqlen_k: lengths in tokens, for the masks and the ragged last blocks.
+        topk: budget of k blocks per row; or
+        fraction: budget of ``max(min_blocks, ceil(fraction * visible blocks))`` per row; or
+        top_p: fewest blocks whose softmax weight over the row's visible blocks reaches ``top_p``,
+            at least ``min_blocks``. Weights are summed in fixed point (2^-32), so the choice does
+            not depend on any order of summation.
+        causal, window: as in :func:`block_sparse_attention`.
+
+    Returns:
+        A canonical :class:`BlockIndex` with H list heads; unused slots are -1.
+
+    Raises:
+        ValueError: malformed argument, named in the text; not exactly one rule.
+    """
+    left, right = _sides(window)
+    counts, columns = _call(
+        torch.ops.attnsieve.select_blocks.default,
+        scores,
+        seqlen_q,
+        seqlen_k,
+        block_q,
+        block_k,
+        topk,
+        fraction,
+        top_p,
+        min_blocks,
+        sink_blocks,
+        local_blocks,
+        diagonal,
+        causal,
+        left,
+        right,
+    )
+    return BlockIndex(counts, columns, block_q, block_k)
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    topk: int | None = None,
+    fraction: float | None = None,
+    top_p: float | None = None,
+    block_q: int = _DEFAULT_BLOCK,
+    block_k: int = _DEFAULT_BLOCK,
+    min_blocks: int = 1,
+    sink_blocks: int = 1,
+    local_blocks: int = 0,
+    diagonal: bool = True,
+    causal: bool = False,
+    window: Window | None = None,
+    softmax_scale: float | None = None,
+) -> BlockIndex:
+    """Selects KV blocks per q-block and query head by mean-pooled scores.
+
+    :func:`pooled_block_scores` followed by :func:`select_from_scores`; arguments, ranking and
+    errors are theirs. Batched tensors only.
+    """
+    scores = pooled_block_scores(
+        q, k, block_q=block_q, block_k=block_k, softmax_scale=softmax_scale
+    )
+    return select_from_scores(
+        scores,
+        q.shape[2],
+        k.shape[2],
+        topk=topk,
+        fraction=fraction,
+        top_p=top_p,
+        block_q=block_q,
+        block_k=block_k,
+        min_blocks=min_blocks,
+        sink_blocks=sink_blocks,
+        local_blocks=local_blocks,
+        diagonal=diagonal,
+        causal=causal,
+        window=window,
+    )

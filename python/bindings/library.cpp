@@ -1,0 +1,33 @@
+// Every schema of the library, registered through the libtorch stable ABI.
+#include <torch/csrc/stable/library.h>
+
+#include "python/bindings/ops.h"
+
+STABLE_TORCH_LIBRARY(attnsieve, m) {
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor? counts, Tensor? columns, int block_q, int "
+      "block_k, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sink, float? threshold, Tensor? "
+      "threshold_per_head, "
+      "int skip_block, float softmax_scale, bool causal, int window_left, int window_right) "
+      "-> (Tensor out, Tensor lse, Tensor counters)");
+  m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
+  m.def(
+      "select_blocks(Tensor scores, int seqlen_q, int seqlen_k, int block_q, int block_k, int? "
+      "topk, "
+      "float? fraction, float? top_p, int min_blocks, int sink_blocks, int local_blocks, bool "
+      "diagonal, "
+      "bool causal, int window_left, int window_right) -> (Tensor counts, Tensor columns)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
+  m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
+  m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
+  m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
+  m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
+  m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
+  m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
+}

@@ -1,0 +1,19 @@
+// Stands in for the CUDA backend in builds without nvcc.
+#include "attnsieve/launch.h"
+#include "attnsieve/status.h"
+
+namespace attnsieve::cuda {
+namespace {
+
+[[noreturn]] void refuse() {
+  throw Unsupported(
+      "this build has the CPU backend only; install from source on a machine with nvcc");
+}
+
+}  // namespace
+
+void attend(const AttendProblem&, void*) { refuse(); }
+void merge_states(const MergeProblem&, void*) { refuse(); }
+void select_blocks(const SelectProblem&, void*) { refuse(); }
+
+}  // namespace attnsieve::cuda

@@ -1,0 +1,31 @@
+// The ops behind the schemas of library.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace attnsieve::binding {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor> attend(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& counts,
+    const std::optional<Tensor>& columns, int64_t block_q, int64_t block_k,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& sink, std::optional<double> threshold,
+    const std::optional<Tensor>& threshold_per_head, int64_t skip_block, double softmax_scale,
+    bool causal, int64_t window_left, int64_t window_right);
+
+std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses);
+
+std::tuple<Tensor, Tensor> select_blocks(const Tensor& scores, int64_t seqlen_q, int64_t seqlen_k,
+                                         int64_t block_q, int64_t block_k,
+                                         std::optional<int64_t> topk,
+                                         std::optional<double> fraction,
+                                         std::optional<double> top_p, int64_t min_blocks,
+                                         int64_t sink_blocks, int64_t local_blocks, bool diagonal,
+                                         bool causal, int64_t window_left, int64_t window_right);
+
+}  // namespace attnsieve::binding

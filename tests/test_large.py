@@ -1,0 +1,119 @@
+"""Offsets above 2**31 and long grids. Only the rows past the boundary and the last one are checked.
+
+Slow, and guarded by the memory they need.
+"""
+
+import os
+
+import pytest
+import torch
+
+import attnsieve
+from attnsieve import BlockIndex
+from cases import DTYPES, cuda_only, randn
+from numerics import assert_bitwise
+
+pytestmark = pytest.mark.slow
+attend = attnsieve.block_sparse_attention
+
+
+def need_gib(device, gib):
+    if device == "cpu":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free, _ = torch.cuda.mem_get_info()
+    if free < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB free on {device}, found {free / 2**30:.1f}")
+
+
+def compare_parts(device, q, k, v, parts, **options):
+    """``attend`` on the whole equals ``attend`` on copies of single (batch, head) problems."""
+    out, lse = attend(q, k, v, return_lse=True, **options)
+    for b, h in parts:
+        kv_head = h // (q.shape[1] // k.shape[1])
+        one = q[b : b + 1, h : h + 1].clone()
+        keys = [x[b : b + 1, kv_head : kv_head + 1].clone() for x in (k, v)]
+        expected = attend(one, *keys, return_lse=True, **options)
+        actual = out[b : b + 1, h : h + 1], lse[b : b + 1, h : h + 1]
+        assert_bitwise(actual, expected, f"batch {b}, head {h} on {device}")
+
+
+def test_queries_and_out_above_2g_elements(device):
+    """8200 x 32 x 128 x 64: batch 8192 starts at 2**31."""
+    need_gib(device, 14)
+    dtype = DTYPES[device][-1]
+    q = torch.zeros(8200, 32, 128, 64, dtype=dtype, device=device)
+    q[8190:] = randn((10, 32, 128, 64), dtype, device)
+    k = randn((8200, 1, 2, 64), dtype, device, 1)
+    parts = [(8191, 31), (8192, 0), (8199, 31)]
+    compare_parts(device, q, k, k, parts)
+
+
+def test_keys_above_2g_elements(device):
+    need_gib(device, 14)
+    dtype = DTYPES[device][-1]
+    k = torch.zeros(8200, 32, 128, 64, dtype=dtype, device=device)
+    k[8190:] = randn((10, 32, 128, 64), dtype, device)
+    q = randn((8200, 32, 1, 64), dtype, device, 1)
+    compare_parts(device, q, k, k, [(8191, 31), (8192, 0), (8199, 31)])
+
+
+def test_row_strides_above_2g_elements(device):
+    """Two rows almost 2**31 elements apart, and a head stride beyond it."""
+    need_gib(device, 10)
+    dtype = DTYPES[device][-1]
+    storage = torch.empty(2**31 + 2**12, dtype=dtype, device=device)
+    far = storage.as_strided((1, 2, 2, 64), (0, 2**31 + 256, 128, 1))
+    far.copy_(randn((1, 2, 2, 64), dtype, device))
+    near = far.contiguous()
+    assert_bitwise(attend(far, far, far), attend(near, near, near), "far heads")
+
+
+@pytest.mark.parametrize("where", ["batch", "heads", "blocks"])
+@pytest.mark.parametrize("count", [65535, 65536, 65537])
+def test_grid_limits(device, where, count):
+    need_gib(device, 6)
+    dtype = DTYPES[device][-1]
+    batch, heads, rows = {
+        "batch": (count, 1, 1),
+        "heads": (1, count, 1),
+        "blocks": (1, 1, count * 64 if device == "cuda" else count),
+    }[where]
+    q = randn((batch, heads, rows, 64), dtype, device)
+    k = randn((batch, 1, 70, 64), dtype, device, 1)
+    out, lse = attend(q, k, k, return_lse=True)
+    tail = q[-1:, -1:, -1:].clone(), k[-1:].clone(), k[-1:].clone()
+    expected = attend(*tail, return_lse=True)
+    assert_bitwise((out[-1:, -1:, -1:], lse[-1:, -1:, -1:]), expected, f"last of {count} {where}")
+
+
+def test_one_million_keys(device):
+    need_gib(device, 4)
+    dtype = DTYPES[device][-1]
+    seqlen_k = 1_048_576 if device == "cuda" else 262_144
+    q = randn((1, 1, 64, 64), dtype, device)
+    k = randn((1, 1, seqlen_k, 64), dtype, device, 1)
+    v = torch.ones_like(k)
+    out, lse = attend(q, k, v, return_lse=True)
+    scores = q[0, 0].double() @ k[0, 0].double().T / 8
+    torch.testing.assert_close(lse[0, 0].double(), scores.logsumexp(1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=2**-8)
+
+
+@cuda_only
+def test_index_above_2g_entries():
+    """columns of 2**31 + entries: 64 lists of 8192 rows with room for 4100 ids."""
+    need_gib("cuda", 20)
+    rows, capacity, heads = 8192, 4100, 64
+    columns = torch.full((1, heads, rows, capacity), -1, dtype=torch.int32, device="cuda")
+    assert columns.numel() > 2**31
+    columns[..., 0] = torch.arange(rows, device="cuda", dtype=torch.int32) % 2
+    counts = torch.ones(1, heads, rows, dtype=torch.int32, device="cuda")
+    q = randn((1, heads, rows * 64, 64), torch.bfloat16, "cuda")
+    k = randn((1, 1, 128, 64), torch.bfloat16, "cuda", 1)
+    out = attend(q, k, k, BlockIndex(counts, columns, 64, 64))
+    for row in (0, rows - 2, rows - 1):
+        block = slice(row * 64, row * 64 + 64)
+        half = k[:, :, 64 * (row % 2) :][:, :, :64].contiguous()
+        expected = attend(q[:, -1:, block].contiguous(), half, half)
+        assert_bitwise(out[:, -1:, block], expected, f"row {row} of the last list")

@@ -1,0 +1,171 @@
+"""Ops run on the current stream, never synchronise, and can be captured and replayed."""
+
+import functools
+
+import pytest
+import torch
+
+import attnsieve
+from attnsieve import BlockIndex
+from cases import Case, build, cuda_only, random_index
+from numerics import assert_bitwise
+
+pytestmark = cuda_only
+
+SLEEP_CYCLES = 200_000_000  # about 0.1 s
+
+
+def attend(problem):
+    options = dict(return_lse=True, **problem.options)
+    return attnsieve.block_sparse_attention(*problem.args, **options)
+
+
+def walk(problem):
+    options = dict(return_lse=True, return_counters=True, index=problem.index, **problem.options)
+    return attnsieve.threshold_attention(*problem.args[:3], 0.3, **options)
+
+
+def select(problem):
+    index = attnsieve.select_blocks(problem.q, problem.k, topk=3, causal=True)
+    return index.counts, index.columns
+
+
+def select_and_attend(problem):
+    index = attnsieve.select_blocks(problem.q, problem.k, top_p=0.7, causal=True)
+    return attnsieve.block_sparse_attention(*problem.args[:3], index, causal=True, return_lse=True)
+
+
+def merge(problem):
+    out, lse = attend(problem)
+    return attnsieve.merge_states(torch.stack([out, 2 * out]), torch.stack([lse, lse + 1]))
+
+
+OPS = (attend, walk, select, select_and_attend, merge)
+
+
+def problem_of(seed):
+    return build(Case("cuda", 300, 500, causal=True, density=0.4, seed=seed))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda f: f.__name__)
+def test_side_stream_waits_for_its_own_work(op):
+    """Inputs are written behind a sleep on a side stream: a default-stream launch reads zeros."""
+    source = problem_of(1)
+    expected = op(source)
+    torch.cuda.synchronize()
+    late = problem_of(2)
+    for x in late.args[:3]:
+        x.zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        for to, x in zip(late.args[:3], source.args[:3], strict=True):
+            to.copy_(x)
+        late.index.counts.copy_(source.index.counts)
+        late.index.columns.copy_(source.index.columns)
+        actual = op(late)
+    stream.synchronize()
+    assert_bitwise(actual, expected, "side stream")
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda f: f.__name__)
+def test_no_synchronisation(op):
+    problem = problem_of(1)
+    op(problem)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op(problem)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda._sleep(SLEEP_CYCLES)
+    op(problem)
+    busy = not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+    assert busy, "the call waited for the sleep in front of it"
+
+
+def _refill(static, seed):
+    fresh = problem_of(seed)
+    for to, x in zip(static.args[:3], fresh.args[:3], strict=True):
+        to.copy_(x)
+    static.index.counts.copy_(fresh.index.counts)
+    static.index.columns.copy_(fresh.index.columns)
+    return fresh
+
+
+def _capture(op, problem):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        op(problem)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = op(problem)
+    return graph, result
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda f: f.__name__)
+def test_graph_replay_with_new_values_and_new_lists(op):
+    static = problem_of(1)
+    graph, result = _capture(op, static)
+    for seed in (1, 2, 3):
+        fresh = _refill(static, seed)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_bitwise(result, op(fresh), f"replay with inputs {seed}")
+
+
+def test_graph_replay_with_emptied_lists():
+    static = problem_of(1)
+    graph, (out, lse) = _capture(attend, static)
+    static.index.counts.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_two_graphs_interleaved():
+    first, second = problem_of(1), problem_of(2)
+    graphs = [_capture(walk, p) for p in (first, second)]
+    expected = [walk(p) for p in (first, second)]
+    for turn in (0, 1, 1, 0, 1):
+        graph, result = graphs[turn]
+        for x in result:
+            x.fill_(7)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_bitwise(result, expected[turn], f"graph {turn}")
+
+
+def test_varlen_capture_with_new_lengths():
+    q = torch.randn(400, 4, 64, device="cuda", dtype=torch.bfloat16)
+    cu = torch.tensor([0, 100, 400], device="cuda").int()
+    run = functools.partial(attnsieve.block_sparse_attention, q, q, q, causal=True)
+    index = random_index(2, 4, 400, 400, density=0.7, device="cuda")
+
+    def op(cu):
+        return run(
+            BlockIndex(index.counts, index.columns, 64, 64), cu_seqlens_q=cu, cu_seqlens_k=cu
+        )
+
+    graph, result = _capture(op, cu)
+    for middle in (1, 64, 333):
+        cu.copy_(torch.tensor([0, middle, 400]))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_bitwise(result, op(cu), f"second sequence at {middle}")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_second_gpu_while_the_first_is_current():
+    problem = problem_of(1)
+    expected = [attend(problem), walk(problem), select(problem)]
+    other = build(Case("cuda:1", 300, 500, causal=True, density=0.4, seed=1))
+    assert torch.cuda.current_device() == 0
+    for op, wanted in zip((attend, walk, select), expected, strict=True):
+        actual = op(other)
+        assert all(x.device.index == 1 for x in actual)
+        assert_bitwise(tuple(x.to("cuda:0") for x in actual), wanted, op.__name__)
