@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
-import peers
-import results
 import torch
 
 import attnsieve
+import peers
+import results
 
 Run = Callable[[], object]
 

@@ -15,7 +15,9 @@ def main() -> int:
     current = results.current_hash()
     stale = 0
     for path in sorted(results.RESULTS.rglob("*.json")):
-        hashes = {row.get("kernel_hash") for row in results.read(path)}
+        content = results.read(path)
+        rows = content if isinstance(content, list) else [content]
+        hashes = {row.get("kernel_hash") for row in rows}
         if hashes - {current}:
             stale += 1
             found = ", ".join(sorted(str(h) for h in hashes))

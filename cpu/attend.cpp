@@ -8,21 +8,16 @@
 #include <vector>
 
 #include "attend_group.h"
+#include "attnsieve/capability.h"
 #include "attnsieve/launch.h"
-#include "attnsieve/status.h"
 
 namespace attnsieve::cpu {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256;
-
 bool is_block_size(int32_t size) { return size == 64 || size == 128; }
 
 void check(const AttendProblem& problem) {
-  if (problem.head_dim <= 0 || problem.head_dim > kMaxHeadDim || problem.head_dim % 8 != 0) {
-    throw Unsupported("head_dim " + std::to_string(problem.head_dim) +
-                      " on cpu; supported: multiples of 8 up to " + std::to_string(kMaxHeadDim));
-  }
+  require_supported("attend", Backend::kCpu, problem.dtype, problem.head_dim);
   if (problem.batch < 0 || problem.num_heads < 0 || problem.seqlen_q < 0 || problem.seqlen_k < 0) {
     throw InvalidArgument("attend: sizes must not be negative");
   }

@@ -119,11 +119,15 @@ void store_out(const float* out_t, const float* row_scale, int rows, int head_di
 
 // The product behind both scores() and accumulate(): sum[i] = sum over t < depth of a(i, t) * b[t]
 // for kRows rows i and kVecs vectors of columns.
-//   kScores: a is K (i counts keys, t runs along head_dim);         c[i] = scale * sum[i]
-//   else:    a is V read down its columns (i counts dims, t keys);  c[i] = rescale * c[i] + sum[i]
-template <bool kScores, int kRows, int kVecs>
+//   kScores:    a is K (i counts keys, t runs along head_dim);      c[i] = scale * sum[i]
+//   kAddScores: the same over the next part of head_dim;            c[i] += scale * sum[i]
+//   kOutput:    a is V read down its columns (i dims, t keys);      c[i] = rescale * c[i] + sum[i]
+enum class Product { kScores, kAddScores, kOutput };
+
+template <Product kProduct, int kRows, int kVecs>
 inline void multiply_block(const float* a, int64_t stride, const float* b, int depth, float scale,
                            const float* rescale, float* c) {
+  constexpr bool is_output = kProduct == Product::kOutput;
   // Unrolled by request: GCC 12 otherwise passes the accumulators through the stack around the
   // loop.
   Vec acc[kRows][kVecs];
@@ -132,11 +136,11 @@ inline void multiply_block(const float* a, int64_t stride, const float* b, int d
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       acc[i][v] =
-          kScores ? Vec{} : load(c + i * kColumns + v * kLanes) * load(rescale + v * kLanes);
+          is_output ? load(c + i * kColumns + v * kLanes) * load(rescale + v * kLanes) : Vec{};
     }
   }
-  const int64_t row_step = kScores ? stride : 1;
-  const int64_t depth_step = kScores ? 1 : stride;
+  const int64_t row_step = is_output ? 1 : stride;
+  const int64_t depth_step = is_output ? stride : 1;
   for (int t = 0; t < depth; ++t, a += depth_step, b += kColumns) {
     Vec operand[kVecs];
 #pragma GCC unroll 8
@@ -152,58 +156,69 @@ inline void multiply_block(const float* a, int64_t stride, const float* b, int d
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
-      store(c + i * kColumns + v * kLanes, kScores ? acc[i][v] * scale : acc[i][v]);
+      float* target = c + i * kColumns + v * kLanes;
+      Vec result = is_output ? acc[i][v] : acc[i][v] * scale;
+      if (kProduct == Product::kAddScores) result += load(target);
+      store(target, result);
     }
   }
 }
 
 // The last rows of c, fewer than kBlockRows.
-template <bool kScores, int kRows, int kVecs>
+template <Product kProduct, int kRows, int kVecs>
 inline void multiply_tail(int rows, const float* a, int64_t stride, const float* b, int depth,
                           float scale, const float* rescale, float* c) {
   if (rows == kRows) {
-    multiply_block<kScores, kRows, kVecs>(a, stride, b, depth, scale, rescale, c);
+    multiply_block<kProduct, kRows, kVecs>(a, stride, b, depth, scale, rescale, c);
   } else if constexpr (kRows > 1) {
-    multiply_tail<kScores, kRows - 1, kVecs>(rows, a, stride, b, depth, scale, rescale, c);
+    multiply_tail<kProduct, kRows - 1, kVecs>(rows, a, stride, b, depth, scale, rescale, c);
   }
 }
 
-template <bool kScores, int kVecs>
+template <Product kProduct, int kVecs>
 void multiply_panel(const float* a, int64_t stride, const float* b, int rows, int depth,
                     float scale, const float* rescale, float* c) {
-  const int64_t row_step = kScores ? stride : 1;
+  const int64_t row_step = kProduct == Product::kOutput ? 1 : stride;
   int i = 0;
   for (; i + kBlockRows <= rows; i += kBlockRows) {
-    multiply_block<kScores, kBlockRows, kVecs>(a + i * row_step, stride, b, depth, scale, rescale,
-                                               c + i * kColumns);
+    multiply_block<kProduct, kBlockRows, kVecs>(a + i * row_step, stride, b, depth, scale, rescale,
+                                                c + i * kColumns);
   }
-  multiply_tail<kScores, kBlockRows - 1, kVecs>(rows - i, a + i * row_step, stride, b, depth, scale,
-                                                rescale, c + i * kColumns);
+  multiply_tail<kProduct, kBlockRows - 1, kVecs>(rows - i, a + i * row_step, stride, b, depth,
+                                                 scale, rescale, c + i * kColumns);
 }
 
-template <bool kScores>
+template <Product kProduct>
 inline void multiply(const float* a, int64_t stride, const float* b, int rows, int depth,
                      float scale, const float* rescale, int columns, float* c) {
   constexpr int kPanel = kPanelVecs * kLanes;
   int column = 0;
   for (; column + kPanel <= columns; column += kPanel) {
-    multiply_panel<kScores, kPanelVecs>(a, stride, b + column, rows, depth, scale, rescale + column,
-                                        c + column);
+    multiply_panel<kProduct, kPanelVecs>(a, stride, b + column, rows, depth, scale,
+                                         rescale + column, c + column);
   }
   for (; column < columns; column += kLanes) {
-    multiply_panel<kScores, 1>(a, stride, b + column, rows, depth, scale, rescale + column,
-                               c + column);
+    multiply_panel<kProduct, 1>(a, stride, b + column, rows, depth, scale, rescale + column,
+                                c + column);
   }
 }
 
+// head_dim is summed in parts: one float accumulator over all of it would lose up to twice the
+// precision of a blocked matrix product.
 void scores(const float* query_t, const float* k, int64_t stride, int keys, int head_dim,
             float scale, int columns, float* s) {
-  multiply<true>(k, stride, query_t, keys, head_dim, scale, s, columns, s);  // rescale is not read
+  constexpr int kPart = 16;
+  multiply<Product::kScores>(k, stride, query_t, keys, min_int(kPart, head_dim), scale, s, columns,
+                             s);  // rescale is not read
+  for (int part = kPart; part < head_dim; part += kPart) {
+    multiply<Product::kAddScores>(k + part, stride, query_t + part * kColumns, keys,
+                                  min_int(kPart, head_dim - part), scale, s, columns, s);
+  }
 }
 
 void accumulate(const float* p, const float* v, int64_t stride, int keys, int head_dim,
                 const float* rescale, int columns, float* out_t) {
-  multiply<false>(v, stride, p, head_dim, keys, 1.0f, rescale, columns, out_t);
+  multiply<Product::kOutput>(v, stride, p, head_dim, keys, 1.0f, rescale, columns, out_t);
 }
 
 // Max over keys of one vector of columns, starting from `start`. A comparison drops NaN, so NaN is

@@ -5,11 +5,14 @@ from __future__ import annotations
 import faulthandler
 import os
 
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+# Before torch starts its threads: idle ones must sleep, or tiny ops crawl where cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from cases import DEVICES
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from cases import DEVICES  # noqa: E402
 
 TIMEOUT_S = 120
 SLOW_TIMEOUT_S = 900

@@ -21,6 +21,11 @@ PUBLIC = (
 )
 
 
+def need_info_module():
+    reason = "attnsieve._C was not built for this Python; the ops work without it"
+    pytest.importorskip("attnsieve._C", reason=reason)
+
+
 def python(*arguments):
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=100, check=False
@@ -33,11 +38,13 @@ def test_public_names_are_documented(name):
 
 
 def test_build_info():
+    need_info_module()
     info = attnsieve.build_info()
     assert isinstance(info, dict) and info
 
 
 def test_doctor_runs():
+    need_info_module()
     done = python("-m", "attnsieve", "doctor")
     assert done.returncode == 0, done.stderr
     assert torch.__version__ in done.stdout

@@ -1,4 +1,4 @@
-// Online softmax over one unit of scores at a time, in base 2 with the scale folded in.
+// Online softmax over one step of scores at a time, in base 2 with the scale folded in.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -34,45 +34,27 @@ struct OnlineSoftmax {
     }
   }
 
-  // Folds a unit with maxima `unit_max` into the state: scores become weights, `out` is rescaled.
+  // Folds a step with maxima `step_max` into the state: scores become weights, `out` is rescaled.
   // Both tensors are (row, column).
   template <class Scores, class Out>
-  __device__ void update(Scores&& scores, Out&& out, const float (&unit_max)[kRows],
+  __device__ void update(Scores&& scores, Out&& out, const float (&step_max)[kRows],
                          float scale_log2) {
-    float base[kRows];
-    float rescale[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float next_max = max_nan(row_max[row], unit_max[row]);
+      const float next_max = max_nan(row_max[row], step_max[row]);
       // A row without a finite logit keeps base 0, so that -inf - base stays -inf instead of NaN.
-      base[row] = next_max == negative_infinity() ? 0.0f : next_max * scale_log2;
-      rescale[row] = exp2_approx(row_max[row] * scale_log2 - base[row]);
+      const float base = next_max == negative_infinity() ? 0.0f : next_max * scale_log2;
+      const float rescale = exp2_approx(row_max[row] * scale_log2 - base);
       row_max[row] = next_max;
-      row_sum[row] *= rescale[row];
-    }
-#if VOTE
-    bool moved = false;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) moved |= rescale[row] != 1.0f;
-    if (__any_sync(0xffffffffu, moved))
-#endif
-    {
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-        for (int column = 0; column < cute::size<1>(out); ++column) {
-          out(row, column) *= rescale[row];
-        }
-      }
-    }
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
+      row_sum[row] *= rescale;
 #pragma unroll
       for (int column = 0; column < cute::size<1>(scores); ++column) {
-        const float weight = exp2_approx(scores(row, column) * scale_log2 - base[row]);
+        const float weight = exp2_approx(scores(row, column) * scale_log2 - base);
         scores(row, column) = weight;
         row_sum[row] += weight;
       }
+#pragma unroll
+      for (int column = 0; column < cute::size<1>(out); ++column) out(row, column) *= rescale;
     }
   }
 };

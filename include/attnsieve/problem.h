@@ -76,7 +76,7 @@ enum class SelectRule : int32_t {
   kTopK,  // budget = `topk` blocks a row
   kFraction,  // budget = max(min_blocks, ceil(fraction * visible blocks of the row))
   kTopP,  // fewest blocks whose softmax mass over the row's visible blocks reaches top_p, at least
-          // min_blocks
+  // min_blocks
 };
 
 // Rows of block scores -> BlockIndex. Row r of q-blocks sees the KV blocks that hold a key visible

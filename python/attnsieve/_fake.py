@@ -1,4 +1,4 @@
-"""Fake kernels (shapes, dtypes and strides without data) and the autograd refusal of every op."""
+"""Fake kernels of every op: shapes, dtypes and strides without data."""
 
 from __future__ import annotations
 
@@ -83,16 +83,3 @@ def _select_blocks(
     capacity = min(num_k_blocks, max(kept, forced))
     counts = scores.new_empty((batch, heads, rows), dtype=torch.int32)
     return counts, scores.new_empty((batch, heads, rows, capacity), dtype=torch.int32)
-
-
-def _refuse_backward(op: str):
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"attnsieve::{op} has no backward yet: use torch.no_grad() or detach its inputs"
-        )
-
-    return backward
-
-
-for _op in ("attend", "merge_states", "select_blocks"):
-    torch.library.register_autograd(f"attnsieve::{_op}", _refuse_backward(_op))

@@ -140,10 +140,11 @@ std::tuple<Tensor, Tensor, Tensor> attend(
     const std::optional<Tensor>& threshold_per_head, int64_t skip_block, double softmax_scale,
     bool causal, int64_t window_left, int64_t window_right) {
   const bool varlen = cu_seqlens_q.has_value() || cu_seqlens_k.has_value();
+  const int64_t varlen_sequences = varlen ? varlen_batch(q, cu_seqlens_q, cu_seqlens_k) : 0;
   check_qkv(q, k, v, varlen);
   const Dims dims = dims_of(varlen);
   AttendProblem problem;
-  problem.batch = varlen ? varlen_batch(q, cu_seqlens_q, cu_seqlens_k) : q.size(0);
+  problem.batch = varlen ? varlen_sequences : q.size(0);
   problem.num_heads = q.size(dims.head);
   problem.num_kv_heads = k.size(dims.head);
   problem.seqlen_q = q.size(dims.row);

@@ -9,7 +9,7 @@
 
 namespace attnsieve {
 
-// version, kernel_hash, compiler, cuda ("" without), archs, head_dims, torch_target, cutlass.
+// version, kernel_hash, compiler, cuda ("" without), archs, head_dims, torch_target.
 ATTNSIEVE_EXPORT std::map<std::string, std::string> build_info();
 
 struct KernelAttributes {

@@ -51,6 +51,8 @@ struct AttendConfig {
     alignas(128) Element q[kTileM * kHeadDim];  // reused for the output tile
     alignas(128) Element k[kStages][kTileN * kHeadDim];
     alignas(128) Element v[kStages][kTileN * kHeadDim];
+    const Element* k_base;  // of the sequence and KV head
+    const Element* v_base;
     WorkTile tile;  // read where needed instead of living in registers through the loop
     int iterator_scratch;
   };

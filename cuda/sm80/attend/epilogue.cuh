@@ -12,23 +12,33 @@ __device__ void store_output(const AttendProblem& problem, const WorkTile& tile,
                              const Mainloop& mainloop, typename Config::SharedStorage& smem,
                              typename Mainloop::FragmentO& acc_o, OnlineSoftmax<kRows>& softmax) {
   using Element = typename Config::Element;
-  constexpr float kLn2 = 0.6931471805599453f;
   const float scale_log2 = problem.softmax_scale * kLog2e;
-  const float sink_log2 =
-      problem.sink == nullptr ? negative_infinity() : problem.sink[tile.head] * kLog2e;
+  const float sink = problem.sink == nullptr ? negative_infinity() : problem.sink[tile.head];
   auto out = make_tensor(acc_o.data(), as_rows_columns(acc_o.layout()));
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    const float sum = quad_sum(softmax.row_sum[row]);
     const float row_max = softmax.row_max[row];
-    const float max_log2 =
-        row_max == negative_infinity() ? negative_infinity() : row_max * scale_log2;
-    const float base = max_nan(max_log2, sink_log2);
-    const float safe_base = base == negative_infinity() ? 0.0f : base;
-    const float rescale = exp2_approx(max_log2 - safe_base);
-    const float total = sum * rescale + exp2_approx(sink_log2 - safe_base);
-    const float scale = total == 0.0f ? 0.0f : rescale / total;
-    const float lse = total == 0.0f ? negative_infinity() : (safe_base + log2f(total)) * kLn2;
+    const bool empty = row_max == negative_infinity();
+    // Weights are relative to the rounded product row_max * scale_log2. Undoing that rounding keeps
+    // the lse of large logits within one rounding of the exact value.
+    const float base = row_max * scale_log2;
+    const float correction = empty ? 1.0f : exp2_approx(-fmaf(row_max, scale_log2, -base));
+    const float sum = quad_sum(softmax.row_sum[row]) * correction;
+    const float max_logit = row_max * problem.softmax_scale;
+    const bool sink_leads = sink > max_logit;
+    const float rescale = sink_leads ? exp2_approx((max_logit - sink) * kLog2e) : 1.0f;
+    float sink_weight = sink_leads ? 1.0f : 0.0f;
+    if (!sink_leads && sink != negative_infinity()) {
+      sink_weight = exp2_approx((sink - max_logit) * kLog2e);
+    }
+    const float total = sum * rescale + sink_weight;
+    const float scale = total == 0.0f ? 0.0f : rescale * correction / total;
+    float lse = negative_infinity();
+    if (sink_leads) {
+      lse = sink + logf(total);
+    } else if (total != 0.0f) {
+      lse = fmaf(row_max, problem.softmax_scale, logf(total));
+    }
 #pragma unroll
     for (int column = 0; column < size<1>(out); ++column) out(row, column) *= scale;
     const int query_row = mainloop.query_row(row);

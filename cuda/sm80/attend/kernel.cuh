@@ -1,20 +1,19 @@
-// Computes        out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h / G, j]) v[b, h / G,
-// j] over the keys j that
-//                 the BlockIterator yields and the mask shows; lse[b, h, i] = ln sum_j exp(scale *
-//                 q . k) (+ sink).
-// Roles           One CTA owns one group of 64 query rows of one head of one sequence. Every warp
-// does the same work on
-//                 its own rows: 2 warps x 32 rows, or 4 warps x 16 rows when tiles are voted on.
-// Shared memory   head_dim        64           128
-//                 Q / output       8 KB         16 KB
-//                 K, V       8 KB x stages   16 KB x stages, each; 1 stage (dense, list), 2 stages
-//                 (voted)
-// Pipeline        cp.async groups. Not voted: K(j) | V(j) issued before S(j), K(j + 1) issued
-// before softmax(j).
-//                 Voted: K of the whole tile | V only after the tile is kept | next K behind it.
-// Invariants      row_max is -inf iff the row saw no finite logit. Units advance in the visiting
-// order whether or not tiles
-//                 are voted on, so threshold 0 is bitwise equal to no threshold.
+// Computes        out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h / G, j]) v[b, h / G, j]
+//                 over the keys j that the BlockIterator yields and the mask shows;
+//                 lse[b, h, i] = ln sum_j exp(scale * q . k), the sink logit included.
+// Roles           A CTA owns a group of 64 query rows of one head of one sequence. Every warp does
+//                 the same work on its own rows: 2 warps x 32, or 4 warps x 16 where tiles are
+//                 voted on.
+// Shared memory   (KB)                     hd64 dense   hd64 list   hd128
+//                 Q / output                    8            8         16
+//                 K, V each, not voted         16            8         16
+//                 K, V each, voted             16           16         32
+// Pipeline        cp.async groups, one barrier per arrival.
+//                 Not voted: V(j) starts before S(j), K(j + 1) before softmax(j).
+//                 Voted: K of the whole tile; V once the tile is kept; the next K behind it.
+// Invariants      row_max is -inf iff the row saw no finite logit. Steps advance in the visiting
+//                 order whether or not tiles are voted on, with the same kTileN for an iterator,
+//                 so threshold 0 is bitwise equal to no threshold.
 // Not handled     Backward, paged K/V, head_dim other than 64 and 128.
 #pragma once
 

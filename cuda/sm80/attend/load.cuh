@@ -26,9 +26,6 @@ class TileCopy {
     Element* const targets[2] = {element(smem, 0), element(smem, 1)};
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-#if LOADBR
-      if (valid_rows >= 64) cp_async_16(targets[pass % 2] + pass / 2 * kPairStride, source); else
-#endif
       cp_async_16_or_zero(targets[pass % 2] + pass / 2 * kPairStride, source,
                           row_ + pass * kRowsPerPass < valid_rows);
       source += kRowsPerPass * stride_row;

@@ -45,12 +45,18 @@ class AttendMainloop {
       TiledMma{}, Shape<Int<Config::kTileM>, Int<Config::kHeadDim>>{}));
   using FragmentS =
       decltype(partition_fragment_C(TiledMma{}, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{}));
-  using FragmentQ = decltype(TiledMma{}.get_thread_slice(0).partition_fragment_A(
-      make_tensor(make_smem_ptr(static_cast<Element*>(nullptr)), typename Config::SmemLayoutUnit{})));
+  using FragmentQ = decltype(TiledMma{}.get_thread_slice(0).partition_fragment_A(make_tensor(
+      make_smem_ptr(static_cast<Element*>(nullptr)), typename Config::SmemLayoutUnit{})));
   using FragmentP = decltype(make_tensor<Element>(FragmentS{}.layout()));
 
   __device__ AttendMainloop(const AttendProblem& problem, const WorkTile& tile, SharedStorage& smem)
-      : problem_(problem), tile_(tile), smem_(smem) {}
+      : problem_(problem), tile_(tile), smem_(smem) {
+    if (threadIdx.x == 0) {
+      smem.k_base = sequence_base(problem.k);
+      smem.v_base = sequence_base(problem.v);
+    }
+    __syncthreads();
+  }
 
   // Query row of accumulator row `row` of this thread, within the sequence.
   __device__ int query_row(int row) const {
@@ -110,15 +116,7 @@ class AttendMainloop {
 #pragma unroll
         for (int step = 0; step < kTileSteps; ++step) {
           if (step < steps) {
-#if SPLIT
-            if (needs_step_mask(keys[step])) {
-              attend_step<true>(acc_s[step], acc_o, step_max[step], softmax, step, keys[step]);
-            } else {
-              attend_step<false>(acc_s[step], acc_o, step_max[step], softmax, step, keys[step]);
-            }
-#else
-              attend_step<true>(acc_s[step], acc_o, step_max[step], softmax, step, keys[step]);
-#endif
+            attend_step(acc_s[step], acc_o, step_max[step], softmax, step, keys[step]);
           }
         }
       }
@@ -157,7 +155,7 @@ class AttendMainloop {
       for (int unit = 0; unit < kStepUnits; ++unit) {
         keys[step].unit[unit] = step * kStepUnits + unit < units ? iterator.next() : kNoUnit;
       }
-      if (step < steps) load_step(smem_.k[step], problem_.k, keys[step]);
+      if (step < steps) load_step(smem_.k[step], smem_.k_base, problem_.k.stride_row, keys[step]);
     }
     cp_async_commit();
     return steps;
@@ -167,15 +165,18 @@ class AttendMainloop {
   __device__ void load_v(int steps, const StepKeys (&keys)[kTileSteps]) {
 #pragma unroll
     for (int step = 0; step < kTileSteps; ++step) {
-      if (step < steps) load_step(smem_.v[step], problem_.v, keys[step]);
+      if (step < steps) load_step(smem_.v[step], smem_.v_base, problem_.v.stride_row, keys[step]);
     }
     cp_async_commit();
   }
 
-  __device__ void load_step(Element* smem, const HeadTensor& tensor, const StepKeys& keys) {
+  __device__ void load_step(Element* smem, const Element* base, int64_t stride_row,
+                            const StepKeys& keys) const {
 #pragma unroll
     for (int unit = 0; unit < kStepUnits; ++unit) {
-      load_unit(unit_of(smem, unit), tensor, keys.unit[unit]);
+      const int key = keys.unit[unit];
+      const int valid_rows = kStepUnits > 1 && key == kNoUnit ? 0 : tile_.seqlen_k - key;
+      copy_.load(unit_of(smem, unit), base + key * stride_row, stride_row, valid_rows);
     }
   }
 
@@ -183,62 +184,52 @@ class AttendMainloop {
     return smem + unit * kUnitKeys * Config::kHeadDim;
   }
 
-  // Forms the address anew each time: cheaper than two pointers kept in registers.
-  __device__ void load_unit(Element* smem, const HeadTensor& tensor, int key) {
-    const int64_t offset = tile_.batch * tensor.stride_batch + tile_.kv_head * tensor.stride_head +
-                           static_cast<int64_t>(tile_.token_k + key) * tensor.stride_row;
-    copy_.load(smem, static_cast<const Element*>(tensor.data) + offset, tensor.stride_row,
-               key == kNoUnit ? 0 : min(tile_.seqlen_k - key, kUnitKeys));
+  __device__ const Element* sequence_base(const HeadTensor& tensor) const {
+    return static_cast<const Element*>(tensor.data) + tile_.batch * tensor.stride_batch +
+           tile_.kv_head * tensor.stride_head + tile_.token_k * tensor.stride_row;
   }
 
   // One k16 chunk of Q fragments from shared memory.
   __device__ void load_query_chunk(FragmentQ& query, int chunk) const {
     TiledMma mma;
-    const auto sQ = make_tensor(make_smem_ptr(smem_.q), typename Config::SmemLayoutUnit{});  // (M, D)
+    const auto sQ =
+        make_tensor(make_smem_ptr(smem_.q), typename Config::SmemLayoutUnit{});  // (M, D)
     const auto copy_q = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma);
     const auto thread_q = copy_q.get_thread_slice(threadIdx.x);
-    const auto tSsQ = thread_q.partition_S(sQ);        // (CPY, M, K)
-    auto tSrQ_copy = thread_q.retile_D(query);         // (CPY, M, K)
+    const auto tSsQ = thread_q.partition_S(sQ);  // (CPY, M, K)
+    auto tSrQ_copy = thread_q.retile_D(query);  // (CPY, M, K)
     copy(copy_q, tSsQ(_, _, chunk), tSrQ_copy(_, _, chunk));
   }
 
-  // acc_s = Q K^T, fragments of the next k16 chunk loaded while the current one multiplies.
+  // acc_s = Q K^T. ptxas hoists the next fragments' loads as far as registers allow; doing it by
+  // hand made it spill.
   __device__ void scores(FragmentS& acc_s, FragmentQ& query, int stage) const {
     TiledMma mma;
     const auto thread_mma = mma.get_thread_slice(threadIdx.x);
     const auto sK =
         make_tensor(make_smem_ptr(smem_.k[stage]), typename Config::SmemLayoutKV{});  // (N, D)
-    auto tSrK = thread_mma.partition_fragment_B(sK);                                  // (MMA, N, K)
+    auto tSrK = thread_mma.partition_fragment_B(sK);  // (MMA, N, K)
     const auto copy_k = make_tiled_copy_B(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma);
     const auto thread_k = copy_k.get_thread_slice(threadIdx.x);
     const auto tSsK = thread_k.partition_S(sK);
     auto tSrK_copy = thread_k.retile_D(tSrK);
     clear(acc_s);
-    if constexpr (!Config::kQueryInRegisters) load_query_chunk(query, 0);
-    copy(copy_k, tSsK(_, _, _0{}), tSrK_copy(_, _, _0{}));
 #pragma unroll
     for (int chunk = 0; chunk < kQueryChunks; ++chunk) {
-      if (chunk + 1 < kQueryChunks) {
-        if constexpr (!Config::kQueryInRegisters) load_query_chunk(query, chunk + 1);
-        copy(copy_k, tSsK(_, _, chunk + 1), tSrK_copy(_, _, chunk + 1));
-      }
+      if constexpr (!Config::kQueryInRegisters) load_query_chunk(query, chunk);
+      copy(copy_k, tSsK(_, _, chunk), tSrK_copy(_, _, chunk));
       cute::gemm(mma, query(_, _, chunk), tSrK(_, _, chunk), acc_s);
     }
   }
 
   // Online softmax of one step and its P V.
-  template <bool kMasked>
   __device__ void attend_step(FragmentS& acc_s, FragmentO& acc_o, const float (&step_max)[kRows],
                               OnlineSoftmax<kRows>& softmax, int stage, const StepKeys& keys) {
     softmax.update(make_tensor(acc_s.data(), as_rows_columns(acc_s.layout())),
                    make_tensor(acc_o.data(), as_rows_columns(acc_o.layout())), step_max,
                    problem_.softmax_scale * kLog2e);
     const FragmentP weights = round_weights(acc_s);
-#if SPLIT
-    if constexpr (kMasked) isolate_non_finite(acc_o, stage, keys);
-#else
     if (needs_step_mask(keys)) isolate_non_finite(acc_o, stage, keys);
-#endif
     accumulate(weights, acc_o, stage);
   }
 
@@ -276,7 +267,8 @@ class AttendMainloop {
     bool masked = false;
 #pragma unroll
     for (int unit = 0; unit < kStepUnits; ++unit) {
-      masked |= keys.unit[unit] == kNoUnit || needs_mask(tile_, keys.unit[unit]);
+      masked |=
+          (kStepUnits > 1 && keys.unit[unit] == kNoUnit) || needs_mask(tile_, keys.unit[unit]);
     }
     return masked;
   }
@@ -323,8 +315,8 @@ class AttendMainloop {
     }
   }
 
-  __device__ bool vote(const SkipPolicy& policy, const float (&step_max)[kTileSteps][kRows], int steps,
-                       const OnlineSoftmax<kRows>& softmax) const {
+  __device__ bool vote(const SkipPolicy& policy, const float (&step_max)[kTileSteps][kRows],
+                       int steps, const OnlineSoftmax<kRows>& softmax) const {
     bool veto = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {

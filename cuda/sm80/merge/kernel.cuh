@@ -1,8 +1,10 @@
-// Computes        lse[r] = logsumexp_n lses[n, r];  out[r, :] = sum_n exp(lses[n, r] - lse[r])
-// outs[n, r, :]. Roles           One thread owns 16 bytes of one output row; a grid-stride-free 1-D
-// grid covers rows x chunks. Invariants      A state with lse = -inf contributes nothing, whatever
-// its values. All -inf (or no state): 0 and -inf. Not handled     head_dim that is not a multiple
-// of 8.
+// Computes        lse[r] = logsumexp_n lses[n, r];
+//                 out[r, :] = sum_n exp(lses[n, r] - lse[r]) outs[n, r, :].
+// Roles           A thread owns 16 bytes of one output row; a 1-D grid covers rows x chunks.
+// Shared memory   none
+// Invariants      A state with lse = -inf contributes nothing, whatever its values. All -inf, or no
+//                 state: 0 and -inf.
+// Not handled     head_dim that is not a multiple of 8.
 #pragma once
 
 #include "attnsieve/problem.h"

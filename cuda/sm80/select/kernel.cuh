@@ -1,12 +1,11 @@
 // Computes        counts[b, h, r], columns[b, h, r, :]: the KV blocks that row r of block scores
-// keeps, ascending. Roles           One CTA owns one row. Forced blocks are taken first; among the
-// others an exact radix descent (four
-//                 8-bit digits) finds the smallest kept key, and ties at it go to the smaller
-//                 index.
-// Shared memory   256 bins of block counts (1 KB) and, for top-p, of fixed-point masses (2 KB).
+//                 keeps, ascending.
+// Roles           A CTA owns one row. Forced blocks are taken first; among the others an exact
+//                 radix descent (four 8-bit digits) finds the smallest kept key, and ties at it go
+//                 to the smaller index.
+// Shared memory   256 bins of block counts (1 KB) and of fixed-point masses (2 KB).
 // Invariants      Masses are integers (softmax weight x 2^32), so sums do not depend on the order
-// of atomics and the
-//                 CPU backend takes the same decisions. Equal keys have equal masses.
+//                 of atomics and the CPU backend decides the same. Equal keys have equal masses.
 // Not handled     Scores of other dtypes than float32.
 #pragma once
 
@@ -118,8 +117,10 @@ class RowSelector {
   // scores.
   __device__ unsigned long long mass_of(float score) const {
     if (score != score || score == negative_infinity()) return 0;
-    const float weight = score == smem_.row_max ? 1.0f : expf(score - smem_.row_max);
-    return static_cast<unsigned long long>(__double2ll_rn(static_cast<double>(weight) * kMassOne));
+    // Double precision, as on the CPU: both backends then round to the same integer.
+    const double weight =
+        score == smem_.row_max ? 1.0 : exp(static_cast<double>(score - smem_.row_max));
+    return static_cast<unsigned long long>(llround(weight * kMassOne));
   }
 
   // Mass that blocks outside the forced set must still bring.

@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
         help="F of the threshold lambda = F / length",
     )
     options.add_argument(
-        "--repeats", type=_positive, help="timed runs per row, median taken (default 1; CUDA 5)"
+        "--repeats",
+        type=_positive,
+        help="timed runs per row, median taken (default: up to 5 within 5 seconds)",
     )
     options.add_argument(
         "--out", default="attnsieve-demo.png", help="picture (default %(default)s)"
@@ -94,14 +96,16 @@ def _run(options: argparse.Namespace) -> None:
     from attnsieve.demo import model as models
 
     models.require("transformers", *([] if options.no_plot else ["matplotlib"]))
-    from attnsieve.demo import measure, plan, report
-    from attnsieve.integrations.transformers import register
+    try:
+        from attnsieve.demo import measure, plan, report
+        from attnsieve.integrations.transformers import register
+    except ImportError as error:
+        raise DemoError(f"transformers cannot be imported: {models.first_line(error)}") from error
 
     picture = None if options.no_plot else _writable(options.out)
     json_file = _writable(options.json) if options.json else None
     device = _device(options.device)
     dtype = _dtype(options.dtype, device)
-    repeats = options.repeats or (5 if device.type == "cuda" else 1)
     cache_dir = Path(options.cache_dir) if options.cache_dir else models.default_cache_dir()
     offset = options.offset
     if offset is None:
@@ -122,7 +126,7 @@ def _run(options: argparse.Namespace) -> None:
             step(f"{row.name} {row.budget}".strip())
             try:
                 numbers = measure.measure(
-                    subject, ids, row.method, repeats=repeats, observe=observe
+                    subject, ids, row.method, repeats=options.repeats, observe=observe
                 )
             except (NotImplementedError, torch.OutOfMemoryError) as error:
                 raise DemoError(f"{row.name}: {models.first_line(error)}") from error
@@ -148,7 +152,7 @@ def _run(options: argparse.Namespace) -> None:
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        repeats=repeats,
+        repeats=options.repeats,
         torch=torch.__version__,
         date=datetime.date.today().isoformat(),
     )
@@ -169,16 +173,13 @@ def _run(options: argparse.Namespace) -> None:
 
 def _notes(options: argparse.Namespace, results) -> list[str]:
     notes = [
-        "density: kept share of the causal query-key pairs. attention ms: selection and attention,",
-        "summed over the layers of one forward pass. perplexity: all positions of the window.",
+        "density: kept share of the causal query-key pairs. attn ms: selection and attention",
+        "over all layers of one forward pass (total ms). perplexity: all positions.",
     ]
     if "topp" in options.methods:
         notes.append("top-p: p chosen to keep as much as the top-k rows on the dense run's scores.")
     if "oracle" in options.methods:
-        notes.append(
-            "oracle: blocks of largest true attention mass; its selection costs more than dense"
-        )
-        notes.append("attention and is not counted.")
+        notes.append("oracle: blocks of largest true attention mass; finding them is not counted.")
     return notes
 
 

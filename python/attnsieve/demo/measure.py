@@ -23,6 +23,9 @@ GROUP_ROWS = 64
 LOGIT_ROWS = 256
 # Tokens of the warm-up run on a CPU; on a GPU every row warms up at its full length.
 WARM_UP_TOKENS = 256
+# Without --repeats a row is timed this often, or until so many seconds have passed.
+DEFAULT_RUNS = 5
+DEFAULT_SECONDS = 5.0
 
 
 @dataclass
@@ -161,19 +164,22 @@ def measure(
     ids: Tensor,
     method: Method,
     *,
-    repeats: int,
+    repeats: int | None = None,
     observe: Callable[[Tensor, Tensor, float], None] | None = None,
 ) -> dict:
     """Perplexity, density and median times of one method over ``ids``.
 
-    ``observe(q, k, softmax_scale)`` is called for each layer of the last run, off the clock.
+    ``observe(q, k, softmax_scale)`` is called for each layer of the first run, off the clock.
     """
     device = ids.device
     warm_up = ids if device.type == "cuda" else ids[:, :WARM_UP_TOKENS]
     _forward(subject, warm_up, Meter(method))
     runs = []
-    for run in range(repeats):
-        meter = Meter(method, observe if run == repeats - 1 else None)
+    started = time.monotonic()
+    while len(runs) < (repeats or DEFAULT_RUNS):
+        if repeats is None and runs and time.monotonic() - started > DEFAULT_SECONDS:
+            break
+        meter = Meter(method, None if runs else observe)
         hidden, total_ms = _forward(subject, ids, meter)
         select_ms, attention_ms, observed_ms = meter.times_ms()
         if isinstance(method, OracleTopK):

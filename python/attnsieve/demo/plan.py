@@ -19,8 +19,8 @@ FAMILIES = {
     "threshold": "threshold",
     "oracle": "oracle top-k",
 }
-SDPA = "dense (torch SDPA)"
-DENSE = "dense (attnsieve)"
+SDPA = "torch SDPA"
+DENSE = "attnsieve dense"
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def sparse_rows(
     if "topp" in families:
         for budget in budgets:
             top_p = scores.top_p_like(budget)
-            yield Row(FAMILIES["topp"], f"p = {top_p:g}", PooledTopP(top_p))
+            yield Row(FAMILIES["topp"], f"p={top_p:g}", PooledTopP(top_p))
     if "threshold" in families:
         for scale in threshold_scales:
-            yield Row(FAMILIES["threshold"], f"{scale:g} / L", Threshold(scale))
+            yield Row(FAMILIES["threshold"], f"{scale:g}/L", Threshold(scale))
     if "oracle" in families:
         yield Row(FAMILIES["oracle"], f"{min(budgets):g}", OracleTopK(min(budgets)))
 

@@ -16,8 +16,7 @@ COLUMNS = (
     "budget",
     "density",
     "perplexity",
-    "attention ms",
-    "of it select",
+    "attn ms",
     "vs dense",
     "vs SDPA",
     "total ms",
@@ -65,7 +64,6 @@ def cells(result: Result) -> tuple[str, ...]:
         f"{result.density:.3f}",
         f"{result.perplexity:.3f}",
         _milliseconds(result.attention_ms),
-        _milliseconds(result.select_ms) if result.select_ms else "",
         f"{result.speedup_vs_dense:.2f}x",
         f"{result.speedup_vs_sdpa:.2f}x",
         _milliseconds(result.total_ms),
@@ -83,14 +81,15 @@ def print_table(title: str, results: Sequence[Result], notes: Sequence[str]) -> 
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        # Without padding the columns fit a terminal of 80.
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         for column in COLUMNS:
             left = column in ("method", "budget")
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for result in results:
             table.add_row(*cells(result))
-        # Piped output has no width of its own; the table must not be cut there.
-        console = Console() if sys.stdout.isatty() else Console(width=120)
+        console = Console()
+        console.print(title, highlight=False)
         console.print(table)
     else:
         rows = [COLUMNS, *(cells(result) for result in results)]

@@ -9,8 +9,8 @@ template <class Element>
 void launch_one(const MergeProblem& problem, void* stream) {
   const int64_t items =
       problem.rows * (problem.head_dim * static_cast<int64_t>(sizeof(Element)) / 16);
-  launch(merge_states_kernel<Element>, "merge_states", (items + kMergeThreads - 1) / kMergeThreads,
-         kMergeThreads, 0, stream, problem);
+  launch<merge_states_kernel<Element>>("merge_states", (items + kMergeThreads - 1) / kMergeThreads,
+                                       kMergeThreads, 0, stream, problem);
 }
 
 template <class Element>

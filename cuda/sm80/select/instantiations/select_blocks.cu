@@ -5,8 +5,9 @@
 namespace attnsieve::sm80 {
 
 void launch_select_blocks(const SelectProblem& problem, int threads, void* stream) {
-  launch(select_blocks_kernel, "select_blocks",
-         problem.batch * problem.num_heads * problem.num_q_blocks(), threads, 0, stream, problem);
+  launch<select_blocks_kernel>("select_blocks",
+                               problem.batch * problem.num_heads * problem.num_q_blocks(), threads,
+                               0, stream, problem);
 }
 
 std::vector<KernelEntry> select_blocks_entries() {
