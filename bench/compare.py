@@ -203,9 +203,10 @@ def select(quick: bool) -> list[dict]:
     return rows
 
 
-def _call_us(run: Run, calls: int = 2000) -> float:
+def _call_us(run: Run, calls: int = 200) -> float:
+    """Median host microseconds of one call. Few enough in a row that no launch queue fills up."""
     samples = []
-    for _ in range(7):
+    for _ in range(25):
         start = time.perf_counter()
         for _ in range(calls):
             run()
@@ -232,6 +233,7 @@ def overhead(device: str) -> list[dict]:
     outs = torch.randn(2, 1, 1, 1, 64, device=device, dtype=dtype)
     scores = torch.randn(1, 1, 1, 1, device=device)
     empty_us = _call_us(lambda: torch.ops.aten.detach.default(q))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
     calls = {
         "attend": lambda: attnsieve.block_sparse_attention(q, q, q),
         "merge_states": lambda: attnsieve.merge_states(outs, lse),
@@ -241,13 +243,14 @@ def overhead(device: str) -> list[dict]:
     with torch.no_grad():
         for op, run in calls.items():
             us = _call_us(run)
+            peer = {"sdpa": _call_us(lambda: sdpa(q, q, q)) / 1e3} if op == "attend" else {}
             rows.append(
                 row(
                     op,
                     f"call overhead {op}",
                     device,
                     us / 1e3,
-                    {},
+                    peer,
                     dtype=dtype,
                     above_empty_op_us=round(us - empty_us, 2),
                 )

@@ -13,38 +13,41 @@ namespace attnsieve {
 // Every visible key. Tile boundaries are multiples of skip_block in key position.
 class DenseIterator {
  public:
-  __device__ DenseIterator(const AttendProblem& p, const WorkTile& tile, int* /*scratch*/) {
-    units_per_tile_ = p.threshold.skip_block / kUnitKeys;
+  __device__ DenseIterator(const AttendProblem& p, const WorkTile& tile, int* /*scratch*/)
+      : problem_(p), tile_(tile) {
     if (tile.visible_begin >= tile.visible_end) return;
-    begin_ = tile.visible_begin / kUnitKeys;
-    end_ = (tile.visible_end + kUnitKeys - 1) / kUnitKeys;
-    last_tile_ = max(begin_, (end_ - 1) / units_per_tile_ * units_per_tile_);
-    unit_ = last_tile_;
+    unit_ = last_tile();
+    end_ = end_unit();
   }
 
   __device__ int tile_units() const {
-    if (unit_ >= end_) return 0;
-    const int boundary = (unit_ / units_per_tile_ + 1) * units_per_tile_;
+    const int boundary = (unit_ / units_per_tile() + 1) * units_per_tile();
     return min(boundary, end_) - unit_;
   }
 
   __device__ int next() {
     const int unit = unit_++;
-    if (unit_ == end_ && !ascending_) {
-      ascending_ = true;
-      unit_ = begin_;
-      end_ = last_tile_;
+    if (unit_ == end_unit()) {  // the first visited tile is done; the others end where it began
+      unit_ = tile_.visible_begin / kUnitKeys;
+      end_ = last_tile();
     }
     return unit * kUnitKeys;
   }
 
  private:
-  int units_per_tile_ = 1;
-  int begin_ = 0;
-  int end_ = 0;
-  int last_tile_ = 0;
+  __device__ int units_per_tile() const {
+    return problem_.threshold.skip_block == kUnitKeys ? 1 : 2;
+  }
+  __device__ int end_unit() const { return (tile_.visible_end + kUnitKeys - 1) / kUnitKeys; }
+  // First unit of the tile that holds the last visible key.
+  __device__ int last_tile() const {
+    return max(tile_.visible_begin / kUnitKeys, (end_unit() - 1) & ~(units_per_tile() - 1));
+  }
+
+  const AttendProblem& problem_;
+  const WorkTile& tile_;
   int unit_ = 0;
-  bool ascending_ = false;
+  int end_ = 0;
 };
 
 // The units of a BlockIndex row that are valid and visible, cut into tiles in list order. What does

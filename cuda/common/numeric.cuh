@@ -29,24 +29,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 }
 
-// True for NaN and infinities of a 16-bit float given by its exponent mask (0x7f80 bfloat16, 0x7c00
-// float16).
-template <class Element>
-struct FloatBits;
-template <>
-struct FloatBits<__nv_bfloat16> {
-  static constexpr uint32_t kExponent = 0x7f80u;
-};
-template <>
-struct FloatBits<__half> {
-  static constexpr uint32_t kExponent = 0x7c00u;
-};
-
-template <class Element>
-__device__ __forceinline__ bool is_non_finite_bits(uint32_t bits16) {
-  return (bits16 & FloatBits<Element>::kExponent) == FloatBits<Element>::kExponent;
-}
-
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -21,11 +21,38 @@ struct WorkTile {
   int seqlen_k;
   int token_q;           // first token of the sequence in a varlen tensor, 0 when batched
   int token_k;
+  // Query row r sees the keys [max(0, r + begin_shift), min(seqlen_k, r + end_shift)).
+  int begin_shift;
+  int end_shift;
   int visible_begin;  // keys [visible_begin, visible_end) are visible to some row of the group
   int visible_end;
   int full_begin;  // keys [full_begin, full_end) are visible to every row of the group
   int full_end;
+
+  __device__ int first_key(int row) const { return max(0, row + begin_shift); }
+  __device__ int end_key(int row) const { return min(seqlen_k, row + end_shift); }
 };
+
+// More tokens than a sequence may have (checked on the host); its double still fits an int.
+inline constexpr int kMaxTokens = 1 << 30;
+
+// The device form of visible_keys(): one addition and one comparison a side.
+__device__ __forceinline__ void set_visibility(const Mask& mask, WorkTile* tile) {
+  const int64_t offset = static_cast<int64_t>(tile->seqlen_k) - tile->seqlen_q;
+  int64_t begin = -kMaxTokens;
+  int64_t end = kMaxTokens - 1;
+  if (mask.window_left >= 0) begin = max64(begin, offset - mask.window_left);
+  if (mask.window_right >= 0) end = min64(end, offset + mask.window_right + 1);
+  if (mask.causal) end = min64(end, offset + 1);
+  tile->begin_shift = static_cast<int>(begin);
+  tile->end_shift = static_cast<int>(end);
+  // The first row bounds the left side of what some row sees, the last row that of what all see.
+  const int last_row = tile->row_end - 1;
+  tile->visible_begin = tile->first_key(tile->row_begin);
+  tile->visible_end = max(tile->visible_begin, tile->end_key(last_row));
+  tile->full_begin = tile->first_key(last_row);
+  tile->full_end = tile->end_key(tile->row_begin);
+}
 
 // Upper bound of row groups over all sequences: what the host can know without reading cu_seqlens.
 ATTNSIEVE_HD int64_t max_row_groups(const AttendProblem& p) {
@@ -79,9 +106,9 @@ __device__ __forceinline__ bool find_sequence(const AttendProblem& p, int64_t gr
 
 // CTA order: heads outermost so that concurrent CTAs share K and V in L2, last rows first because
 // causal rows grow.
-__device__ __forceinline__ WorkTile locate_work(const AttendProblem& p, int64_t cta) {
+__device__ __forceinline__ WorkTile locate_work(const AttendProblem& p, unsigned cta) {
   WorkTile tile{};
-  const int64_t groups = max_row_groups(p);
+  const unsigned groups = static_cast<unsigned>(max_row_groups(p));
   int64_t group = groups - 1 - cta % groups;
   tile.head = static_cast<int>(cta / groups);
   tile.kv_head = tile.head / static_cast<int>(p.num_heads / p.num_kv_heads);
@@ -97,7 +124,7 @@ __device__ __forceinline__ WorkTile locate_work(const AttendProblem& p, int64_t 
     tile.seqlen_k = static_cast<int>(k_tokens.length);
     group = group_in_sequence;
   } else {
-    const int64_t groups_per_sequence = groups / p.batch;
+    const int groups_per_sequence = static_cast<int>(groups / static_cast<unsigned>(p.batch));
     tile.valid = true;
     tile.batch = static_cast<int>(group / groups_per_sequence);
     tile.seqlen_q = static_cast<int>(p.seqlen_q);
@@ -106,16 +133,7 @@ __device__ __forceinline__ WorkTile locate_work(const AttendProblem& p, int64_t 
   }
   tile.row_begin = static_cast<int>(group) * kGroupRows;
   tile.row_end = min(tile.row_begin + kGroupRows, tile.seqlen_q);
-  const KeyRange visible =
-      visible_keys(p.mask, tile.row_begin, tile.row_end, tile.seqlen_q, tile.seqlen_k);
-  tile.visible_begin = static_cast<int>(visible.begin);
-  tile.visible_end = static_cast<int>(max64(visible.begin, visible.end));
-  // The last row bounds the left side, the first row the right side.
-  const int last_row = tile.row_end - 1;
-  tile.full_begin = static_cast<int>(
-      visible_keys(p.mask, last_row, tile.row_end, tile.seqlen_q, tile.seqlen_k).begin);
-  tile.full_end = static_cast<int>(
-      visible_keys(p.mask, tile.row_begin, tile.row_begin + 1, tile.seqlen_q, tile.seqlen_k).end);
+  set_visibility(p.mask, &tile);
   return tile;
 }
 

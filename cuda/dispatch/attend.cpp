@@ -1,7 +1,7 @@
 // attend on CUDA: run-time values -> one compiled kernel.
 #include <cuda_runtime.h>
 
-#include <limits>
+#include <string>
 
 #include "attnsieve/launch.h"
 #include "cuda/common/cuda_check.h"
@@ -12,8 +12,8 @@ namespace attnsieve::cuda {
 namespace {
 
 void check_sizes(const AttendProblem& problem) {
-  // A visible range ends at most one unit past the sequence and must still fit 32 bits.
-  constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max() - 2 * kUnitKeys;
+  // Kernels add two positions in 32 bits (kMaxTokens of work_tile.cuh).
+  constexpr int64_t kMaxTokens = (int64_t{1} << 30) - 1;
   if (problem.seqlen_q > kMaxTokens || problem.seqlen_k > kMaxTokens) {
     throw InvalidArgument("attend: sequences hold at most " + std::to_string(kMaxTokens) +
                           " tokens");

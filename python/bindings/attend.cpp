@@ -37,9 +37,7 @@ void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool varlen) {
     if (!varlen) check_size(name, tensor, 0, q.size(0), "batch of q");
     check_size(name, tensor, dims.head, k.size(dims.head), "heads of k");
     check_size(name, tensor, dims.row, k.size(dims.row), "length of k");
-    check_aligned_rows(name, tensor);
   }
-  check_aligned_rows("q", q);
   if (k.size(dims.head) == 0) invalid("k", "needs at least one head, got shape ", shape_of(k));
   if (q.size(dims.head) == 0 || q.size(dims.head) % k.size(dims.head) != 0) {
     invalid("q", "the number of heads must be a positive multiple of k's ", k.size(dims.head),
@@ -151,6 +149,11 @@ std::tuple<Tensor, Tensor, Tensor> attend(
   problem.seqlen_k = k.size(dims.row);
   problem.head_dim = q.size(dims.last);
   problem.dtype = element_dtype("q", q);
+  require_supported("attend", q.is_cuda() ? Backend::kSm80 : Backend::kCpu, problem.dtype,
+                    problem.head_dim);
+  check_aligned_rows("q", q);
+  check_aligned_rows("k", k);
+  check_aligned_rows("v", v);
   problem.mask = make_mask(causal, window_left, window_right);
   problem.softmax_scale = static_cast<float>(softmax_scale);
   if (!(problem.softmax_scale > 0.0f) || std::isinf(problem.softmax_scale)) {

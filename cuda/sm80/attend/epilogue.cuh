@@ -19,9 +19,8 @@ __device__ void store_output(const AttendProblem& problem, const WorkTile& tile,
   for (int row = 0; row < kRows; ++row) {
     const float row_max = softmax.row_max[row];
     const bool empty = row_max == negative_infinity();
-    // Weights are relative to the rounded product row_max * scale_log2. Undoing that rounding keeps
-    // the lse of large logits within one rounding of the exact value.
-    const float base = row_max * scale_log2;
+    // Undoing the rounding of the base keeps the lse of large logits within one rounding.
+    const float base = base_of(row_max, scale_log2);
     const float correction = empty ? 1.0f : exp2_approx(-fmaf(row_max, scale_log2, -base));
     const float sum = quad_sum(softmax.row_sum[row]) * correction;
     const float max_logit = row_max * problem.softmax_scale;

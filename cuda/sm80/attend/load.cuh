@@ -47,17 +47,29 @@ class TileCopy {
   // True if one of this thread's elements of a shared tile is NaN or infinite.
   __device__ bool any_non_finite(Element* smem) const {
     bool found = false;
-    for_each_word(smem, [&](uint32_t& word) {
-      found |= is_non_finite(word & 0xffffu) || is_non_finite(word >> 16);
-    });
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const uint4 chunk = *reinterpret_cast<const uint4*>(element(smem, pass));
+      found |= is_non_finite_pair(chunk.x) || is_non_finite_pair(chunk.y) ||
+               is_non_finite_pair(chunk.z) || is_non_finite_pair(chunk.w);
+    }
     return found;
   }
 
   __device__ void zero_non_finite(Element* smem) const {
-    for_each_word(smem, [](uint32_t& word) {
-      if (is_non_finite(word & 0xffffu)) word &= 0xffff0000u;
-      if (is_non_finite(word >> 16)) word &= 0x0000ffffu;
-    });
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      auto* words = reinterpret_cast<uint32_t*>(element(smem, pass));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (is_non_finite(words[i] & 0xffffu)) words[i] &= 0xffff0000u;
+        if (is_non_finite(words[i] >> 16)) words[i] &= 0x0000ffffu;
+      }
+    }
+  }
+
+  static __device__ bool is_non_finite_pair(uint32_t word) {
+    return is_non_finite(word & 0xffffu) || is_non_finite(word >> 16);
   }
 
   static __device__ bool is_non_finite(uint32_t bits16) {
@@ -74,16 +86,6 @@ class TileCopy {
   __device__ Element* element(Element* smem, int pass) const {
     auto tile = cute::make_tensor(cute::make_smem_ptr(smem), typename Config::SmemLayoutUnit{});
     return &tile(row_ + pass * kRowsPerPass, column_);
-  }
-
-  template <class F>
-  __device__ void for_each_word(Element* smem, F&& f) const {
-#pragma unroll 1
-    for (int pass = 0; pass < kPasses; ++pass) {
-      auto* words = reinterpret_cast<uint32_t*>(element(smem, pass));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(words[i]);
-    }
   }
 
   int row_;

@@ -138,12 +138,12 @@ class AttendMainloop {
                problem_.q.stride_row, tile_.row_end - tile_.row_begin);
   }
 
-  // First keys of the units that make up one step. A unit that the tile lacks is all zeros and
-  // masked for every row.
+  // First keys of the units that make up one step. A unit that the tile lacks stands behind every
+  // sequence: it is zeros and masked for every row.
   struct StepKeys {
     int unit[kStepUnits];
   };
-  static constexpr int kNoUnit = -1;
+  static constexpr int kNoUnit = kMaxTokens;
 
   // Starts the K loads of the iterator's next tile (one group of cp.async); returns its steps.
   __device__ int start_k(BlockIterator& iterator, StepKeys (&keys)[kTileSteps]) {
@@ -175,8 +175,7 @@ class AttendMainloop {
 #pragma unroll
     for (int unit = 0; unit < kStepUnits; ++unit) {
       const int key = keys.unit[unit];
-      const int valid_rows = kStepUnits > 1 && key == kNoUnit ? 0 : tile_.seqlen_k - key;
-      copy_.load(unit_of(smem, unit), base + key * stride_row, stride_row, valid_rows);
+      copy_.load(unit_of(smem, unit), base + key * stride_row, stride_row, tile_.seqlen_k - key);
     }
   }
 
@@ -267,16 +266,9 @@ class AttendMainloop {
     bool masked = false;
 #pragma unroll
     for (int unit = 0; unit < kStepUnits; ++unit) {
-      masked |=
-          (kStepUnits > 1 && keys.unit[unit] == kNoUnit) || needs_mask(tile_, keys.unit[unit]);
+      masked |= needs_mask(tile_, keys.unit[unit]);
     }
     return masked;
-  }
-
-  // Keys of a unit that accumulator row `row` sees.
-  __device__ RowBounds bounds_of(int row, int key0) const {
-    if (key0 == kNoUnit) return {0, 0};
-    return row_bounds(problem_.mask, tile_, query_row(row), key0);
   }
 
   __device__ void apply_mask(FragmentS& acc_s, const StepKeys& keys) const {
@@ -286,11 +278,11 @@ class AttendMainloop {
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
       for (int unit = 0; unit < kStepUnits; ++unit) {
-        const RowBounds bounds = bounds_of(row, keys.unit[unit]);
+        const RowBounds bounds = row_bounds(tile_, query_row(row), keys.unit[unit]);
 #pragma unroll
         for (int column = 0; column < kUnitColumns; ++column) {
           const int key = key_of_column(column);
-          if (key < bounds.begin || key >= bounds.end) {
+          if (!bounds.contains(key)) {
             scores(row, unit * kUnitColumns + column) = negative_infinity();
           }
         }
@@ -334,15 +326,20 @@ class AttendMainloop {
   // that must not see it. Such values are rare: add them to the rows that do see them, then replace
   // them by zero for the MMA.
   __device__ void isolate_non_finite(FragmentO& acc_o, int stage, const StepKeys& keys) {
+    bool found = false;
+#pragma unroll 1
+    for (int unit = 0; unit < kStepUnits; ++unit) {
+      found |= copy_.any_non_finite(unit_of(smem_.v[stage], unit));
+    }
+    if (!__syncthreads_or(found)) return;
 #pragma unroll 1
     for (int unit = 0; unit < kStepUnits; ++unit) {
       Element* const smem = unit_of(smem_.v[stage], unit);
-      if (!__syncthreads_or(copy_.any_non_finite(smem))) continue;
       add_non_finite(acc_o, smem, unit == 0 ? keys.unit[0] : keys.unit[kStepUnits - 1]);
       __syncthreads();
       copy_.zero_non_finite(smem);
-      __syncthreads();
     }
+    __syncthreads();
   }
 
   __device__ void add_non_finite(FragmentO& acc_o, Element* smem, int key0) const {
@@ -350,7 +347,7 @@ class AttendMainloop {
     const auto sV = make_tensor(make_smem_ptr(smem), typename Config::SmemLayoutUnit{});  // (N, D)
     RowBounds bounds[kRows];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) bounds[row] = bounds_of(row, key0);
+    for (int row = 0; row < kRows; ++row) bounds[row] = row_bounds(tile_, query_row(row), key0);
 #pragma unroll 1
     for (int key = 0; key < kUnitKeys; ++key) {
 #pragma unroll
@@ -359,9 +356,7 @@ class AttendMainloop {
         if (!TileCopy<Config>::is_non_finite(reinterpret_cast<const uint16_t&>(value))) continue;
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
-          if (key >= bounds[row].begin && key < bounds[row].end) {
-            out(row, column) += static_cast<float>(value);
-          }
+          if (bounds[row].contains(key)) out(row, column) += static_cast<float>(value);
         }
       }
     }

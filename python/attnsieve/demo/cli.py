@@ -89,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _kernel_hash() -> str | None:
+    import attnsieve
+
+    try:
+        return attnsieve.build_info()["kernel_hash"]
+    except ImportError:  # no _C for this Python
+        return None
+
+
 def _run(options: argparse.Namespace) -> None:
     # Imported here so that --help and argument errors do not wait for transformers.
     import torch
@@ -155,6 +164,7 @@ def _run(options: argparse.Namespace) -> None:
         repeats=options.repeats,
         torch=torch.__version__,
         date=datetime.date.today().isoformat(),
+        kernel_hash=_kernel_hash(),
     )
     title = (
         f"{subject.name}, {options.length} tokens, {settings['dtype']}, {settings['device']}, "

@@ -1,0 +1,131 @@
+"""Runs the test suites on the GPU at hand and records them as results/<gpu>/tests.json.
+
+Usage: python bench/record_tests.py [pytest] [sanitizers] [--binary BENCH_ATTEND] [--out DIR]
+
+`pytest` runs the CUDA cases of tests/. `sanitizers` runs the four tools of compute-sanitizer over
+small verified cases of the bench_attend binary (no Python: minutes instead of hours), and memcheck
+over the small ops in Python. Rows of suites that are not run are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import results
+from compare import device_name
+
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Ragged lengths, GQA, every combination of mask, list and vote, both head dims and dtypes.
+SMALL = "--batch 2 --heads 4 --kv-heads 2 --seqlen-q 200 --seqlen-k 333 --iterations 1 --verify"
+CASES = (
+    f"{SMALL} --head-dim 64,128 --dtype bf16",
+    f"{SMALL} --head-dim 64,128 --dtype fp16 --causal",
+    f"{SMALL} --head-dim 64,128 --block-q 64,128 --block-k 64,128 --density 0.5",
+    f"{SMALL} --head-dim 64,128 --causal --threshold 0.1",
+    f"{SMALL} --head-dim 64,128 --block-q 64 --block-k 64,128 --density 0.5 --threshold 0.1",
+)
+PYTHON_OPS = ["tests/test_selection_block.py", "tests/test_empty.py", "-k", "cuda and not compile"]
+TIMEOUT_S = 400
+
+
+def record(suite: str, passed: int, failed: int, skipped: int, seconds: float) -> dict:
+    """One row of tests.json."""
+    row = {
+        "suite": suite,
+        "device": torch.cuda.get_device_name(),
+        "passed": passed,
+        "failed": failed,
+        "skipped": skipped,
+        "seconds": round(seconds, 1),
+        "torch": torch.__version__,
+        "date": results.today(),
+        "kernel_hash": results.current_hash(),
+    }
+    print(row, flush=True)
+    return row
+
+
+def _pytest_counts(text: str) -> tuple[int, int, int]:
+    def count(word: str) -> int:
+        found = re.findall(rf"(\d+) {word}", text)
+        return int(found[-1]) if found else 0
+
+    return count("passed"), count("failed") + count("error"), count("skipped")
+
+
+def pytest_cuda(workers: int) -> list[dict]:
+    """The CUDA cases of the test suite; more than one worker needs pytest-xdist."""
+    command = [sys.executable, "-m", "pytest", "tests", "-k", "cuda", "-p", "no:cacheprovider"]
+    if workers > 1:
+        command += ["-n", str(workers)]
+    start = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=results.ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    print(done.stdout[-5000:], done.stderr[-2000:], flush=True)
+    passed, failed, skipped = _pytest_counts(done.stdout)
+    return [record("pytest -k cuda", passed, failed, skipped, time.perf_counter() - start)]
+
+
+def _sanitize(tool: str, command: list[str]) -> bool:
+    # Without the caching allocator, every tensor is an allocation that memcheck can see the end of.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *command],
+        cwd=results.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=environment,
+    )
+    if done.returncode != 0:
+        print(f"# {tool}: {' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+    return done.returncode == 0
+
+
+def sanitizers(binary: Path) -> list[dict]:
+    """compute-sanitizer over the attend kernels and the small ops."""
+    rows = []
+    for tool in SANITIZER_TOOLS:
+        start = time.perf_counter()
+        passed = [_sanitize(tool, [str(binary), *case.split()]) for case in CASES]
+        seconds = time.perf_counter() - start
+        suite = f"compute-sanitizer {tool}, bench_attend"
+        rows.append(record(suite, sum(passed), len(passed) - sum(passed), 0, seconds))
+    start = time.perf_counter()
+    clean = _sanitize("memcheck", [sys.executable, "-m", "pytest", *PYTHON_OPS])
+    suite = "compute-sanitizer memcheck, selection and empty tests"
+    rows.append(record(suite, int(clean), int(not clean), 0, time.perf_counter() - start))
+    return rows
+
+
+def main() -> int:
+    """Run what was asked for and merge it into tests.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", nargs="*", default=["pytest", "sanitizers"])
+    parser.add_argument("--binary", type=Path, default=Path("build/bench/bench/bench_attend"))
+    parser.add_argument("--workers", type=int, default=1, help="parallel pytest processes")
+    parser.add_argument("--out", type=Path, help="folder of tests.json")
+    args = parser.parse_args()
+    rows = []
+    if "pytest" in args.suite:
+        rows += pytest_cuda(args.workers)
+    if "sanitizers" in args.suite:
+        rows += sanitizers(args.binary.resolve())
+    path = (args.out or results.RESULTS / device_name("cuda")) / "tests.json"
+    fresh = {row["suite"] for row in rows}
+    old = [row for row in results.read(path) if row["suite"] not in fresh] if path.exists() else []
+    results.write(path, old + rows)
+    return 1 if any(row["failed"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
