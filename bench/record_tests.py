@@ -1,10 +1,11 @@
 """Runs the test suites on the GPU at hand and records them as results/<gpu>/tests.json.
 
-Usage: python bench/record_tests.py [pytest] [sanitizers] [--binary BENCH_ATTEND] [--out DIR]
+Usage: python bench/record_tests.py [pytest] [slow] [sanitizers] [--binary BENCH_ATTEND]
 
-`pytest` runs the CUDA cases of tests/. `sanitizers` runs the four tools of compute-sanitizer over
-small verified cases of the bench_attend binary (no Python: minutes instead of hours), and memcheck
-over the small ops in Python. Rows of suites that are not run are kept.
+`pytest` runs the CUDA cases of tests/, `slow` those marked slow (large tensors, long repeats).
+`sanitizers` runs the four tools of compute-sanitizer over small verified cases of the bench_attend
+binary (no Python: minutes instead of hours), and memcheck over the small ops in Python. Rows of
+suites that are not run are kept.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def _pytest_counts(text: str) -> tuple[int, int, int]:
     return count("passed"), count("failed") + count("error"), count("skipped")
 
 
-def pytest_cuda(workers: int) -> list[dict]:
+def pytest_cuda(workers: int, marker: str | None = None) -> list[dict]:
     """The CUDA cases of the test suite; more than one worker needs pytest-xdist."""
-    command = [sys.executable, "-m", "pytest", "tests", "-k", "cuda", "-p", "no:cacheprovider"]
+    options = ["-k", "cuda"] + (["-m", marker] if marker else [])
+    command = [sys.executable, "-m", "pytest", "tests", *options, "-p", "no:cacheprovider"]
     if workers > 1:
         command += ["-n", str(workers)]
     start = time.perf_counter()
@@ -72,7 +74,8 @@ def pytest_cuda(workers: int) -> list[dict]:
     )
     print(done.stdout[-5000:], done.stderr[-2000:], flush=True)
     passed, failed, skipped = _pytest_counts(done.stdout)
-    return [record("pytest -k cuda", passed, failed, skipped, time.perf_counter() - start)]
+    suite = " ".join(["pytest", *options])
+    return [record(suite, passed, failed, skipped, time.perf_counter() - start)]
 
 
 def _sanitize(tool: str, command: list[str]) -> bool:
@@ -118,6 +121,8 @@ def main() -> int:
     rows = []
     if "pytest" in args.suite:
         rows += pytest_cuda(args.workers)
+    if "slow" in args.suite:
+        rows += pytest_cuda(1, "slow")
     if "sanitizers" in args.suite:
         rows += sanitizers(args.binary.resolve())
     path = (args.out or results.RESULTS / device_name("cuda")) / "tests.json"
