@@ -8,7 +8,7 @@ import os
 # Before torch starts its threads: idle ones must sleep, or tiny ops crawl where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
+import pytest  # noqa: E402  (after OMP_WAIT_POLICY, as the three below)
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 

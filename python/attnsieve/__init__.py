@@ -12,8 +12,8 @@ from attnsieve._library import load_ops as _load_ops
 _load_ops()
 
 from attnsieve import _fake as _fake  # noqa: E402  (registers on the ops loaded above)
-from attnsieve.index import BlockIndex  # noqa: E402
-from attnsieve.ops import (  # noqa: E402
+from attnsieve.index import BlockIndex  # noqa: E402  (after the ops)
+from attnsieve.ops import (  # noqa: E402  (after the ops)
     block_sparse_attention,
     merge_states,
     pooled_block_scores,
