@@ -18,7 +18,7 @@ const char* const kUsage =
   --head-dim LIST     (default 128)
   --dtype NAME        bf16, fp16, or fp32 with --cpu (default bf16)
   --block-q LIST      64 or 128 query rows share a list (default 128)
-  --block-k LIST      64 or 128 keys per listed block (default 128)
+  --block-k LIST      16, 32, 64 or 128 keys per listed block (default 128)
   --density LIST      share of a row's visible blocks in its list, (0, 1] (default 1)
   --index             use lists at density 1 too; without it density 1 runs without an index
   --causal            bottom-right causal mask
@@ -70,10 +70,13 @@ std::vector<int64_t> positives(const std::string& name, const std::string& text)
   return values;
 }
 
-std::vector<int64_t> block_sizes(const std::string& name, const std::string& text) {
+std::vector<int64_t> block_sizes(const std::string& name, const std::string& text,
+                                 int64_t smallest) {
   const std::vector<int64_t> values = positives(name, text);
   for (int64_t value : values) {
-    if (value != 64 && value != 128) refuse(name, text, "64 or 128");
+    if (value < smallest || value > 128 || (value & (value - 1)) != 0) {
+      refuse(name, text, smallest == 64 ? "64 or 128" : "16, 32, 64 or 128");
+    }
   }
   return values;
 }
@@ -124,9 +127,9 @@ BenchOptions parse_options(int argc, char** argv) {
     else if (name == "--dtype")
       base.dtype = dtype_of(name, value());
     else if (name == "--block-q")
-      blocks_q = block_sizes(name, value());
+      blocks_q = block_sizes(name, value(), 64);
     else if (name == "--block-k")
-      blocks_k = block_sizes(name, value());
+      blocks_k = block_sizes(name, value(), 16);
     else if (name == "--density")
       kept = densities(name, value());
     else if (name == "--index")

@@ -44,6 +44,7 @@ class GroupReference {
         head_(head),  // b * num_heads + h
         row_begin_(row_begin),
         row_end_(std::min(row_begin + kGroupRows, c.seqlen_q)),
+        unit_keys_(c.indexed ? std::min<int64_t>(c.block_k, kUnitKeys) : kUnitKeys),
         scale_(1.0 / std::sqrt(static_cast<double>(c.head_dim))) {
     const int64_t count = row_end_ - row_begin_;
     const int64_t step = c.threshold ? 1 : std::max<int64_t>(1, (count - 1) / 3);
@@ -91,19 +92,25 @@ class GroupReference {
   }
 
   std::vector<int64_t> units() const {
+    int64_t first_row = row_begin_;
+    int64_t end_row = row_end_;
+    if (case_.indexed) {  // a list is cut by what its whole q-block sees
+      first_row = row_begin_ / case_.block_q * case_.block_q;
+      end_row = std::min(first_row + case_.block_q, case_.seqlen_q);
+    }
     const KeyRange visible =
-        visible_keys(case_.mask(), row_begin_, row_end_, case_.seqlen_q, case_.seqlen_k);
+        visible_keys(case_.mask(), first_row, end_row, case_.seqlen_q, case_.seqlen_k);
     std::vector<int64_t> kept;
     const auto keep = [&](int64_t unit) {
-      if (unit * kUnitKeys < visible.end && (unit + 1) * kUnitKeys > visible.begin)
+      if (unit * unit_keys_ < visible.end && (unit + 1) * unit_keys_ > visible.begin)
         kept.push_back(unit);
     };
     if (!case_.indexed) {
-      for (int64_t unit = 0; unit * kUnitKeys < case_.seqlen_k; ++unit) keep(unit);
+      for (int64_t unit = 0; unit * unit_keys_ < case_.seqlen_k; ++unit) keep(unit);
       return kept;
     }
     const int64_t list = head_ * case_.num_q_blocks() + row_begin_ / case_.block_q;
-    const int64_t units_per_block = case_.block_k / kUnitKeys;
+    const int64_t units_per_block = case_.block_k / unit_keys_;
     for (int32_t i = 0; i < inputs_.counts[list]; ++i) {
       const int64_t block = inputs_.columns[list * inputs_.capacity + i];
       for (int64_t u = 0; u < units_per_block; ++u) keep(block * units_per_block + u);
@@ -112,13 +119,13 @@ class GroupReference {
   }
 
   void run() {
-    constexpr size_t kUnitsPerTile = 2;  // skip_block 128, the default of Threshold
+    const size_t units_per_tile = Threshold().skip_block / unit_keys_;
     const std::vector<int64_t> kept = units();
-    const size_t tiles = (kept.size() + kUnitsPerTile - 1) / kUnitsPerTile;
+    const size_t tiles = (kept.size() + units_per_tile - 1) / units_per_tile;
     for (size_t visit = 0; visit < tiles; ++visit) {
       const size_t tile = visit == 0 ? tiles - 1 : visit - 1;
-      const size_t end = std::min(kept.size(), (tile + 1) * kUnitsPerTile);
-      std::vector<int64_t> tile_units(kept.begin() + tile * kUnitsPerTile, kept.begin() + end);
+      const size_t end = std::min(kept.size(), (tile + 1) * units_per_tile);
+      std::vector<int64_t> tile_units(kept.begin() + tile * units_per_tile, kept.begin() + end);
       attend_tile(tile_units, visit > 0);
     }
   }
@@ -127,8 +134,8 @@ class GroupReference {
     std::vector<std::vector<double>> logits(rows_.size());
     std::vector<float> v;
     for (int64_t unit : tile_units) {
-      const int64_t begin = unit * kUnitKeys;
-      const int64_t keys = std::min<int64_t>(kUnitKeys, case_.seqlen_k - begin);
+      const int64_t begin = unit * unit_keys_;
+      const int64_t keys = std::min<int64_t>(unit_keys_, case_.seqlen_k - begin);
       const int64_t kv_head = head_ / (case_.num_heads / case_.num_kv_heads);
       const int64_t first = kv_head * case_.seqlen_k + begin;
       const std::vector<float> k = rows_of(inputs_.k, case_.dtype, first, keys, case_.head_dim);
@@ -191,6 +198,7 @@ class GroupReference {
   const BenchCase& case_;
   const BenchInputs& inputs_;
   const int64_t head_, row_begin_, row_end_;
+  const int64_t unit_keys_;
   const double scale_;
   std::vector<int64_t> rows_;
   std::vector<float> q_;

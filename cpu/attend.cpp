@@ -14,7 +14,22 @@
 namespace attnsieve::cpu {
 namespace {
 
-bool is_block_size(int32_t size) { return size == 64 || size == 128; }
+bool is_block_q(int32_t size) { return size == 64 || size == 128; }
+bool is_block_k(int32_t size) { return size == 16 || size == 32 || is_block_q(size); }
+
+void check_paged(const AttendProblem& problem) {
+  const PagedKv& paged = problem.paged;
+  if (paged.page_size <= 0 || paged.page_size % 16 != 0) {
+    throw Unsupported("page_size " + std::to_string(paged.page_size) +
+                      "; supported: multiples of 16");
+  }
+  if (paged.seq_lens == nullptr || problem.varlen.cu_seqlens_k != nullptr || paged.max_pages < 0 ||
+      paged.num_pages < 0 || problem.seqlen_k != paged.capacity()) {
+    throw InvalidArgument(
+        "attend: paged K and V need seq_lens, no cu_seqlens_k, and seqlen_k = max_pages * "
+        "page_size");
+  }
+}
 
 void check(const AttendProblem& problem) {
   require_supported("attend", Backend::kCpu, problem.dtype, problem.head_dim);
@@ -26,15 +41,16 @@ void check(const AttendProblem& problem) {
                           ") must be a multiple of num_kv_heads (" +
                           std::to_string(problem.num_kv_heads) + ")");
   }
-  if (!is_block_size(problem.threshold.skip_block)) {
+  if (!is_block_q(problem.threshold.skip_block)) {
     throw Unsupported("skip_block " + std::to_string(problem.threshold.skip_block) +
                       "; supported: 64, 128");
   }
+  if (problem.is_paged()) check_paged(problem);
   if (!problem.is_indexed()) return;
-  if (!is_block_size(problem.index.block_q) || !is_block_size(problem.index.block_k)) {
+  if (!is_block_q(problem.index.block_q) || !is_block_k(problem.index.block_k)) {
     throw Unsupported("block_q x block_k " + std::to_string(problem.index.block_q) + " x " +
                       std::to_string(problem.index.block_k) +
-                      "; supported: 64 and 128 in any combination");
+                      "; supported: 64 or 128 x 16, 32, 64 or 128");
   }
   if (problem.index.heads_per_list <= 0 || problem.index.capacity < 0) {
     throw InvalidArgument("attend: index has heads_per_list " +
@@ -53,24 +69,32 @@ struct Sequence {
   int64_t groups() const { return (seqlen_q + kGroupRows - 1) / kGroupRows; }
 };
 
+struct TokenRange {
+  int64_t begin, length;
+};
+
+TokenRange tokens_of(const char* name, const int32_t* cu_seqlens, int64_t b, int64_t total) {
+  const int64_t begin = cu_seqlens[b];
+  const int64_t end = cu_seqlens[b + 1];
+  if (begin < 0 || end < begin || end > total) {
+    throw InvalidArgument("attend: " + std::string(name) +
+                          " must be ascending and end within the tokens; entry " +
+                          std::to_string(b) + " is not");
+  }
+  return {begin, end - begin};
+}
+
 std::vector<Sequence> sequences_of(const AttendProblem& problem) {
   std::vector<Sequence> sequences;
   sequences.reserve(problem.batch);
-  const int32_t* q = problem.varlen.cu_seqlens_q;
-  const int32_t* k = problem.varlen.cu_seqlens_k;
+  const Varlen& varlen = problem.varlen;
   for (int64_t b = 0; b < problem.batch; ++b) {
-    if (!problem.is_varlen()) {
-      sequences.push_back({b, 0, problem.seqlen_q, 0, problem.seqlen_k, 0});
-      continue;
-    }
-    if (q[b] < 0 || q[b + 1] < q[b] || q[b + 1] > problem.seqlen_q || k[b] < 0 || k[b + 1] < k[b] ||
-        k[b + 1] > problem.seqlen_k) {
-      throw InvalidArgument(
-          "attend: cu_seqlens_q and cu_seqlens_k must be ascending and end within the tokens; "
-          "entry " +
-          std::to_string(b) + " is not");
-    }
-    sequences.push_back({b, q[b], q[b + 1] - q[b], k[b], k[b + 1] - k[b], 0});
+    TokenRange q{0, problem.seqlen_q};
+    TokenRange k{0, problem.seqlen_k};
+    if (varlen.cu_seqlens_q) q = tokens_of("cu_seqlens_q", varlen.cu_seqlens_q, b, q.length);
+    if (varlen.cu_seqlens_k) k = tokens_of("cu_seqlens_k", varlen.cu_seqlens_k, b, k.length);
+    if (problem.is_paged()) k.length = std::clamp<int64_t>(problem.paged.seq_lens[b], 0, k.length);
+    sequences.push_back({b, q.begin, q.length, k.begin, k.length, 0});
   }
   return sequences;
 }

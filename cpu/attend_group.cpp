@@ -5,69 +5,13 @@
 #include <limits>
 #include <new>
 
-#include "attnsieve/visibility.h"
+#include "key_steps.h"
 
 namespace attnsieve::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::align_val_t kAlignment{64};
-
-int64_t units_per_block(const BlockIndexView& index) { return index.block_k / kUnitKeys; }
-
-// The units that the group visits, and how they fall into skip tiles. Position i of the walk is
-// unit `unit(i)`; tile t holds positions [tile_begin(t), tile_end(t)). Dense tiles are aligned in
-// key position, so the first one may start late (`phase` units are missing); listed tiles are cut
-// from the start of the list.
-struct UnitWalk {
-  const int32_t* listed = nullptr;  // nullptr: consecutive units from `first`
-  int64_t first = 0;
-  int64_t count = 0;
-  int64_t phase = 0;
-  int64_t units_per_tile = 1;
-
-  int64_t unit(int64_t i) const { return listed ? listed[i] : first + i; }
-  int64_t tiles() const {
-    return count == 0 ? 0 : (count + phase + units_per_tile - 1) / units_per_tile;
-  }
-  int64_t tile_begin(int64_t t) const { return max64(0, t * units_per_tile - phase); }
-  int64_t tile_end(int64_t t) const { return min64(count, (t + 1) * units_per_tile - phase); }
-};
-
-UnitWalk plan_walk(const AttendProblem& problem, const Group& group, KeyRange visible,
-                   int32_t* units) {
-  UnitWalk walk;
-  walk.units_per_tile = problem.threshold.skip_block / kUnitKeys;
-  if (visible.begin >= visible.end) return walk;
-  const int64_t unit_begin = visible.begin / kUnitKeys;
-  const int64_t unit_end = (visible.end + kUnitKeys - 1) / kUnitKeys;
-  const BlockIndexView& index = problem.index;
-  if (!problem.is_indexed()) {
-    walk.first = unit_begin;
-    walk.count = unit_end - unit_begin;
-    walk.phase = unit_begin % walk.units_per_tile;
-    return walk;
-  }
-  walk.listed = units;
-  const int64_t row = group.row_begin / index.block_q;
-  if (row >= index.num_rows) return walk;
-  const int64_t list = group.head / index.heads_per_list;
-  const int32_t* counts =
-      index.counts + group.batch * index.counts_stride_batch + list * index.counts_stride_head;
-  const int32_t* columns = index.columns + group.batch * index.columns_stride_batch +
-                           list * index.columns_stride_head + row * index.columns_stride_row;
-  const int32_t count = std::clamp(counts[row], 0, index.capacity);
-  const int64_t blocks = (group.seqlen_k + index.block_k - 1) / index.block_k;
-  for (int32_t i = 0; i < count; ++i) {
-    const int64_t block = columns[i];
-    if (block < 0 || block >= blocks) continue;
-    for (int64_t u = block * units_per_block(index); u < (block + 1) * units_per_block(index);
-         ++u) {
-      if (u >= unit_begin && u < unit_end) units[walk.count++] = static_cast<int32_t>(u);
-    }
-  }
-  return walk;
-}
 
 class GroupRun {
  public:
@@ -84,28 +28,29 @@ class GroupRun {
       scratch.key_begin[i] = keys.begin;
       scratch.key_end[i] = keys.end;
     }
-    const int64_t kv_head = group.head / problem.group_size();
-    k_ = rows_of(problem.k, kv_head, group.k_start);
-    v_ = rows_of(problem.v, kv_head, group.k_start);
   }
 
   TileCounts run() {
     const UnitWalk walk = plan_walk(problem_, group_, visible_, scratch_.units);
+    const KeySteps steps(problem_, group_, scratch_, visible_);
+    const float log_threshold = log_of_threshold();
+    const bool votes = problem_.threshold.enabled && log_threshold > -kInfinity;
+    const int64_t tiles = walk.tiles();
     TileCounts counts;
-    counts.total = walk.tiles();
-    if (walk.count > 0) {
-      start();
+    for (int64_t i = 0; i < tiles; ++i) {
       // The last tile first: it holds the diagonal, whose large logits let the threshold skip most.
-      visit_tile(walk, counts.total - 1);
-      const float log_threshold = log_of_threshold();
-      for (int64_t t = 0; t + 1 < counts.total; ++t) {
-        if (!problem_.threshold.enabled || !(log_threshold > -kInfinity)) {
-          visit_tile(walk, t);
-        } else if (!visit_tile_unless_below(walk, t, log_threshold)) {
-          ++counts.skipped;
-        }
+      const int64_t t = i == 0 ? tiles - 1 : i - 1;
+      if (!steps.sees(walk, t)) continue;
+      if (counts.total++ == 0) {
+        start();
+        visit_tile(walk, steps, t);
+      } else if (!votes) {
+        visit_tile(walk, steps, t);
+      } else if (!visit_tile_unless_below(walk, steps, t, log_threshold)) {
+        ++counts.skipped;
       }
-    } else {
+    }
+    if (counts.total == 0) {
       std::fill_n(scratch_.row_max, kColumns, -kInfinity);
       std::fill_n(scratch_.row_sum, kColumns, 0.0f);
     }
@@ -114,31 +59,29 @@ class GroupRun {
   }
 
  private:
-  // Keys of one unit that some row of the group sees. `masked`: not every row sees all of them.
-  struct UnitKeys {
-    int64_t begin;
-    int count;
-    bool masked;
-  };
-
-  const char* rows_of(const HeadTensor& tensor, int64_t head, int64_t row) const {
+  const char* rows_of(const HeadTensor& tensor, const KeyRun& run) const {
+    const int64_t batch = problem_.is_paged() ? run.page : group_.batch;
+    const int64_t kv_head = group_.head / problem_.group_size();
     const int64_t offset =
-        group_.batch * tensor.stride_batch + head * tensor.stride_head + row * tensor.stride_row;
+        batch * tensor.stride_batch + kv_head * tensor.stride_head + run.row * tensor.stride_row;
     return static_cast<const char*>(tensor.data) + offset * element_size(problem_.dtype);
   }
 
-  // The unit's rows of K or V as float32: in place when they lie side by side, otherwise copied.
+  // The step's rows of K or V as float32: in place when they lie side by side, otherwise copied.
   // Rows a power of two apart ([B, S, H, D] storage) fall into few cache sets and evict each other:
   // with 2 KiB between rows copying is 1.5 times as fast (AVX-512, Zen 4, 2026-11).
-  const float* float_rows(const char* base, int64_t stride, UnitKeys keys,
-                          int64_t* float_stride) const {
-    const char* first = base + keys.begin * stride * element_size(problem_.dtype);
-    if (problem_.dtype == DType::kFloat32 && stride == problem_.head_dim) {
-      *float_stride = stride;
-      return reinterpret_cast<const float*>(first);
+  const float* float_rows(const HeadTensor& tensor, const KeyStep& step) const {
+    const int64_t head_dim = problem_.head_dim;
+    if (problem_.dtype == DType::kFloat32 && tensor.stride_row == head_dim && step.num_runs == 1) {
+      return reinterpret_cast<const float*>(rows_of(tensor, step.runs[0]));
     }
-    kernels_.widen(first, problem_.dtype, stride, keys.count, problem_.head_dim, scratch_.widened);
-    *float_stride = problem_.head_dim;
+    float* to = scratch_.widened;
+    for (int i = 0; i < step.num_runs; ++i) {
+      const KeyRun& run = step.runs[i];
+      kernels_.widen(rows_of(tensor, run), problem_.dtype, tensor.stride_row, run.count, head_dim,
+                     to);
+      to += run.count * head_dim;
+    }
     return scratch_.widened;
   }
 
@@ -152,14 +95,6 @@ class GroupRun {
             ? per_head[group_.batch * threshold.stride_batch + group_.head * threshold.stride_head]
             : threshold.value;
     return std::log(lambda);
-  }
-
-  UnitKeys keys_of(int64_t unit) const {
-    const int64_t begin = max64(unit * kUnitKeys, visible_.begin);
-    const int64_t end = min64((unit + 1) * kUnitKeys, visible_.end);
-    // Both ends of a row's range grow with the row: the last row begins last, the first ends first.
-    const bool masked = begin < scratch_.key_begin[group_.rows - 1] || end > scratch_.key_end[0];
-    return {begin, static_cast<int>(end - begin), masked};
   }
 
   void start() {
@@ -176,18 +111,27 @@ class GroupRun {
     std::fill_n(scratch_.row_sum, kColumns, 0.0f);
   }
 
-  // Scaled and masked logits of one unit.
-  void unit_logits(UnitKeys keys, float* s) const {
-    int64_t stride;
-    const float* k = float_rows(k_, problem_.k.stride_row, keys, &stride);
-    kernels_.scores(scratch_.query_t, k, stride, keys.count, static_cast<int>(problem_.head_dim),
+  // Scaled and masked logits of one step.
+  void step_logits(const KeyStep& step, float* s) const {
+    const int head_dim = static_cast<int>(problem_.head_dim);
+    kernels_.scores(scratch_.query_t, float_rows(problem_.k, step), head_dim, step.count, head_dim,
                     problem_.softmax_scale, columns_, s);
-    if (!keys.masked) return;
-    for (int i = 0; i < keys.count; ++i) {
-      const RowRange rows = rows_that_see(keys.begin + i);
+    if (!step.masked) return;
+    for_each_key(step, [&](int i, int64_t key) {
+      const RowRange rows = rows_that_see(key);
       float* line = s + i * kColumns;
       std::fill(line, line + rows.begin, -kInfinity);
       std::fill(line + rows.end, line + columns_, -kInfinity);
+    });
+  }
+
+  // visit(number in the step, position in the sequence)
+  template <class Visit>
+  static void for_each_key(const KeyStep& step, Visit visit) {
+    int i = 0;
+    for (int r = 0; r < step.num_runs; ++r) {
+      const KeyRun& run = step.runs[r];
+      for (int j = 0; j < run.count; ++j) visit(i++, run.key + j);
     }
   }
 
@@ -205,34 +149,33 @@ class GroupRun {
     return {static_cast<int>(first), static_cast<int>(max64(first, last))};
   }
 
-  void visit_unit(UnitKeys keys, float* s) {
-    kernels_.softmax(s, keys.count, columns_, scratch_.row_max, scratch_.row_sum, scratch_.rescale);
-    int64_t stride;
-    const float* v = float_rows(v_, problem_.v.stride_row, keys, &stride);
-    if (keys.masked && add_rows_apart(s, v, stride, keys)) return;
-    kernels_.accumulate(s, v, stride, keys.count, static_cast<int>(problem_.head_dim),
-                        scratch_.rescale, columns_, scratch_.out_t);
+  void visit_step(const KeyStep& step, float* s) {
+    kernels_.softmax(s, step.count, columns_, scratch_.row_max, scratch_.row_sum, scratch_.rescale);
+    const float* v = float_rows(problem_.v, step);
+    if (step.masked && add_rows_apart(s, v, step)) return;
+    const int head_dim = static_cast<int>(problem_.head_dim);
+    kernels_.accumulate(s, v, head_dim, step.count, head_dim, scratch_.rescale, columns_,
+                        scratch_.out_t);
   }
 
   // A masked key has p = 0, but 0 * NaN is NaN: a value row that is not finite must only be added
   // to the query rows that see it. False, having done nothing, when all value rows are finite.
-  bool add_rows_apart(const float* p, const float* v, int64_t stride, UnitKeys keys) {
+  bool add_rows_apart(const float* p, const float* v, const KeyStep& step) {
     const int head_dim = static_cast<int>(problem_.head_dim);
     bool finite[kUnitKeys];
     bool all_finite = true;
-    for (int i = 0; i < keys.count; ++i) {
-      const float* row = v + i * stride;
+    for (int i = 0; i < step.count; ++i) {
+      const float* row = v + i * head_dim;
       finite[i] = std::all_of(row, row + head_dim, [](float x) { return std::isfinite(x); });
       all_finite = all_finite && finite[i];
     }
     if (all_finite) return false;
-    std::fill_n(finite + keys.count, kUnitKeys - keys.count, true);
     const float* no_rescale = scratch_.tile_max;  // free between votes
     std::fill_n(scratch_.tile_max, kColumns, 1.0f);
     const float* rescale = scratch_.rescale;
-    for (int i = 0; i < keys.count; ++i) {
+    for (int i = 0; i < step.count; ++i) {
       if (finite[i]) {
-        kernels_.accumulate(p + i * kColumns, v + i * stride, stride, 1, head_dim, rescale,
+        kernels_.accumulate(p + i * kColumns, v + i * head_dim, head_dim, 1, head_dim, rescale,
                             columns_, scratch_.out_t);
         rescale = no_rescale;
       }
@@ -240,34 +183,40 @@ class GroupRun {
     for (int d = 0; d < head_dim && rescale != no_rescale; ++d) {
       for (int c = 0; c < columns_; ++c) scratch_.out_t[d * kColumns + c] *= scratch_.rescale[c];
     }
-    for (int i = 0; i < keys.count; ++i) {
-      if (finite[i]) continue;
-      const RowRange rows = rows_that_see(keys.begin + i);
+    for_each_key(step, [&](int i, int64_t key) {
+      if (finite[i]) return;
+      const RowRange rows = rows_that_see(key);
       for (int d = 0; d < head_dim; ++d) {
         for (int c = rows.begin; c < rows.end; ++c) {
-          scratch_.out_t[d * kColumns + c] += p[i * kColumns + c] * v[i * stride + d];
+          scratch_.out_t[d * kColumns + c] += p[i * kColumns + c] * v[i * head_dim + d];
         }
       }
-    }
+    });
     return true;
   }
 
-  void visit_tile(const UnitWalk& walk, int64_t t) {
-    for (int64_t i = walk.tile_begin(t); i < walk.tile_end(t); ++i) {
-      const UnitKeys keys = keys_of(walk.unit(i));
-      unit_logits(keys, scratch_.tile);
-      visit_unit(keys, scratch_.tile);
+  void visit_tile(const UnitWalk& walk, const KeySteps& steps, int64_t t) {
+    for (int64_t i = walk.tile_begin(t); i < walk.tile_end(t);) {
+      const KeyStep step = steps.next(walk, &i, walk.tile_end(t));
+      if (step.count == 0) continue;
+      step_logits(step, scratch_.tile);
+      visit_step(step, scratch_.tile);
     }
   }
 
   // False: every row voted to skip.
-  bool visit_tile_unless_below(const UnitWalk& walk, int64_t t, float log_threshold) {
+  bool visit_tile_unless_below(const UnitWalk& walk, const KeySteps& steps, int64_t t,
+                               float log_threshold) {
     std::fill_n(scratch_.tile_max, kColumns, -kInfinity);
-    float* s = scratch_.tile;
-    for (int64_t i = walk.tile_begin(t); i < walk.tile_end(t); ++i, s += kUnitKeys * kColumns) {
-      const UnitKeys keys = keys_of(walk.unit(i));
-      unit_logits(keys, s);
-      kernels_.max_over_keys(s, keys.count, columns_, scratch_.tile_max);
+    KeyStep tile[kMaxSkipBlock / kUnitKeys];
+    int count = 0;
+    for (int64_t i = walk.tile_begin(t); i < walk.tile_end(t);) {
+      const KeyStep step = steps.next(walk, &i, walk.tile_end(t));
+      if (step.count == 0) continue;
+      float* s = scratch_.tile + count * kUnitKeys * kColumns;
+      step_logits(step, s);
+      kernels_.max_over_keys(s, step.count, columns_, scratch_.tile_max);
+      tile[count++] = step;
     }
     bool below = true;
     for (int row = 0; row < group_.rows; ++row) {
@@ -275,10 +224,7 @@ class GroupRun {
       below = below && (tile_max == -kInfinity || tile_max - scratch_.row_max[row] < log_threshold);
     }
     if (below) return false;
-    s = scratch_.tile;
-    for (int64_t i = walk.tile_begin(t); i < walk.tile_end(t); ++i, s += kUnitKeys * kColumns) {
-      visit_unit(keys_of(walk.unit(i)), s);
-    }
+    for (int i = 0; i < count; ++i) visit_step(tile[i], scratch_.tile + i * kUnitKeys * kColumns);
     return true;
   }
 
@@ -325,8 +271,6 @@ class GroupRun {
   GroupScratch& scratch_;
   int columns_;
   KeyRange visible_;
-  const char* k_;
-  const char* v_;
 };
 
 }  // namespace

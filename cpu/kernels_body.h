@@ -120,7 +120,7 @@ void store_out(const float* out_t, const float* row_scale, int rows, int head_di
 // The product behind both scores() and accumulate(): sum[i] = sum over t < depth of a(i, t) * b[t]
 // for kRows rows i and kVecs vectors of columns.
 //   kScores:    a is K (i counts keys, t runs along head_dim);      c[i] = scale * sum[i]
-//   kAddScores: the same over the next part of head_dim;            c[i] += scale * sum[i]
+//   kAddScores: the same over the next part of head_dim;            c[i] = scale * (c[i] + sum[i])
 //   kOutput:    a is V read down its columns (i dims, t keys);      c[i] = rescale * c[i] + sum[i]
 enum class Product { kScores, kAddScores, kOutput };
 
@@ -157,9 +157,9 @@ inline void multiply_block(const float* a, int64_t stride, const float* b, int d
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       float* target = c + i * kColumns + v * kLanes;
-      Vec result = is_output ? acc[i][v] : acc[i][v] * scale;
+      Vec result = acc[i][v];
       if (kProduct == Product::kAddScores) result += load(target);
-      store(target, result);
+      store(target, is_output ? result : result * scale);
     }
   }
 }
@@ -204,15 +204,18 @@ inline void multiply(const float* a, int64_t stride, const float* b, int rows, i
 }
 
 // head_dim is summed in parts: one float accumulator over all of it would lose up to twice the
-// precision of a blocked matrix product.
+// precision of a blocked matrix product. The scale comes last, so that sums of exact products stay
+// exact and equal ones stay equal.
 void scores(const float* query_t, const float* k, int64_t stride, int keys, int head_dim,
             float scale, int columns, float* s) {
   constexpr int kPart = 16;
-  multiply<Product::kScores>(k, stride, query_t, keys, min_int(kPart, head_dim), scale, s, columns,
-                             s);  // rescale is not read
+  // rescale is not read
+  multiply<Product::kScores>(k, stride, query_t, keys, min_int(kPart, head_dim),
+                             head_dim <= kPart ? scale : 1.0f, s, columns, s);
   for (int part = kPart; part < head_dim; part += kPart) {
     multiply<Product::kAddScores>(k + part, stride, query_t + part * kColumns, keys,
-                                  min_int(kPart, head_dim - part), scale, s, columns, s);
+                                  min_int(kPart, head_dim - part),
+                                  head_dim - part <= kPart ? scale : 1.0f, s, columns, s);
   }
 }
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
+import attnsieve
 from attnsieve.index import BlockIndex
 
 EDGE = (1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257)
@@ -18,7 +22,9 @@ PAIRS = (  # (seqlen_q, seqlen_k) of FlashAttention-3's tests, and two transpose
     *((1, 239), (3, 799), (1024, 1024), (1023, 1024), (1024, 1023), (4096, 4096), (4224, 4224)),
 )
 GQA = ((1, 1), (8, 8), (8, 2), (6, 3), (16, 1))  # (num_heads, num_kv_heads)
-BLOCKS = ((64, 64), (64, 128), (128, 64), (128, 128))  # (block_q, block_k)
+BLOCKS = tuple(itertools.product((64, 128), (64, 16, 128, 32)))  # (block_q, block_k)
+PAGE_SIZES = (16, 48, 64, 128, 256)
+LAYOUTS = ("batched", "varlen", "paged", "paged_varlen")
 DENSITIES = (0.0, "one", 0.05, 0.2, 0.7, 1.0)
 BAD_IDS = (-(2**31), -123456, -1, 114514, 2**31 - 1)
 
@@ -26,17 +32,72 @@ CUDA_AVAILABLE = torch.cuda.is_available()
 cuda_only = pytest.mark.skipif(not CUDA_AVAILABLE, reason="needs a CUDA GPU, none is visible")
 DEVICES = ("cpu", pytest.param("cuda", marks=cuda_only))
 
-# What each backend computes; anything else must be refused.
+# attend has one kernel family per backend; this variable makes the library take that one and no
+# other. Cases and the `device` fixture force each family in turn.
+FORCE_BACKEND = "ATTNSIEVE_ATTEND_BACKEND"
+CUDA_BACKENDS = ("sm_80", "sm_90")
+BACKENDS = ("cpu", *CUDA_BACKENDS)
+
+# What each device and backend computes; anything else must be refused.
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.bfloat16, torch.float16),
 }
-HEAD_DIMS = {"cpu": (8, 40, 64, 128, 256), "cuda": (64, 128)}
+
+
+def _listed_head_dims(backend: str) -> tuple[int, ...]:
+    """The head dims of the capability table's attend row; () where there is no such row."""
+    try:
+        rows = attnsieve.capabilities()
+    except ImportError:  # no _C for this Python; the oldest backend has always had these
+        return (64, 128) if backend == "sm_80" else ()
+    for row in rows:
+        if (row["op"], row["backend"]) == ("attend", backend):
+            listed = re.search(r"head_dim in \{([0-9, ]+)\}", row["supported"])
+            return tuple(int(d) for d in listed[1].split(",")) if listed else ()
+    return ()
+
+
+HEAD_DIMS = {
+    "cpu": (8, 40, 64, 96, 128, 256),
+    **{backend: _listed_head_dims(backend) for backend in CUDA_BACKENDS},
+}
+
+
+def backend_marks(backend: str | None) -> list:
+    """Marks that skip what this machine or build cannot run on ``backend``, with the reason."""
+    if backend == "cpu":
+        return []
+    if backend == "sm_90" and CUDA_AVAILABLE:
+        capability = torch.cuda.get_device_capability()
+        reason = f"sm_90 runs on compute capability 9.0, this GPU has {capability}"
+        if capability != (9, 0):
+            return [pytest.mark.skip(reason=reason)]
+        if not HEAD_DIMS["sm_90"]:
+            return [pytest.mark.skip(reason="the capability table has no sm_90 attend")]
+    return [cuda_only]
+
+
+def device_of(backend: str) -> str:
+    return "cpu" if backend == "cpu" else "cuda"
+
+
+def head_dims(device: str) -> tuple[int, ...]:
+    """Head dims of the device under the backend that is forced right now."""
+    if device == "cpu":
+        return HEAD_DIMS["cpu"]
+    return HEAD_DIMS[os.environ.get(FORCE_BACKEND, "sm_80")]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention problem. ``density`` None: no index. ``list_heads`` in {"q", "kv", "one"}."""
+    """One attention problem.
+
+    ``backend``: the kernel family that a test of this case is forced onto, None for the best.
+    ``density`` None: no index. ``list_heads`` in {"q", "kv", "one"}. ``layout``: one of LAYOUTS; in
+    all but "batched" every sequence has its own lengths, the first one the longest. Pages: see
+    ``layouts.py``.
+    """
 
     device: str
     seqlen_q: int
@@ -51,17 +112,24 @@ class Case:
     density: float | str | None = None
     list_heads: str = "q"
     sink: bool = False
+    layout: str = "batched"
+    page_size: int = 64
     seed: int = 0
+    backend: str | None = None
 
     def __str__(self) -> str:
         window = "" if self.window is None else f"-w{self.window[0]},{self.window[1]}"
         index = ""
         if self.density is not None:
             index = f"-b{self.block[0]}x{self.block[1]}-{self.density}-{self.list_heads}"
+        layout = "" if self.layout == "batched" else f"-{self.layout}"
+        if "paged" in self.layout:
+            layout += str(self.page_size)
+        where = self.device if self.device == "cpu" else f"{self.device}-{self.backend}"
         return (
-            f"{self.device}-{str(self.dtype).removeprefix('torch.')}-d{self.head_dim}"
+            f"{where}-{str(self.dtype).removeprefix('torch.')}-d{self.head_dim}"
             f"-{self.batch}x{self.heads[0]}:{self.heads[1]}x{self.seqlen_q}x{self.seqlen_k}"
-            f"{'-causal' * self.causal}{window}{index}{'-sink' * self.sink}"
+            f"{'-causal' * self.causal}{window}{index}{'-sink' * self.sink}{layout}"
         )
 
 
@@ -103,7 +171,7 @@ def random_index(
 
 
 def build(case: Case) -> Problem:
-    """Inputs of a case, the same numbers on every device."""
+    """Inputs of a case in the batched layout, the same numbers on every device."""
     num_heads, num_kv_heads = case.heads
     shape_q = (case.batch, num_heads, case.seqlen_q, case.head_dim)
     shape_k = (case.batch, num_kv_heads, case.seqlen_k, case.head_dim)
@@ -158,9 +226,27 @@ def pairwise(seed: int = 0, **factors) -> list[dict]:
     return picks
 
 
-def params(cases) -> list:
-    """pytest parameters; cases on CUDA skip with a reason where there is no GPU."""
+def params(cases: Iterable[Case], numbered: bool = False) -> list:
+    """pytest parameters; each skips with a reason where its backend cannot run.
+
+    ``numbered``: ids end in a number, for lists that may hold equal cases.
+    """
     return [
-        pytest.param(case, id=str(case), marks=[cuda_only] if case.device == "cuda" else [])
-        for case in cases
+        pytest.param(
+            case,
+            id=f"{case}-{i}" if numbered else str(case),
+            marks=backend_marks(case.backend or "cpu"),
+        )
+        for i, case in enumerate(cases)
     ]
+
+
+def every_backend(make: Callable[[str], list[Case]]) -> list:
+    """pytest parameters of ``make(backend)`` for each backend that the capability table lists."""
+    listed = [backend for backend in BACKENDS if HEAD_DIMS[backend]]
+    return params(case for backend in listed for case in make(backend))
+
+
+def on(backend: str) -> dict:
+    """The fields of a Case that say where it runs."""
+    return dict(device=device_of(backend), backend=backend)

@@ -12,7 +12,7 @@ import pytest  # noqa: E402  (after OMP_WAIT_POLICY, as the three below)
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from cases import DEVICES  # noqa: E402
+from cases import BACKENDS, CUDA_BACKENDS, FORCE_BACKEND, backend_marks, device_of  # noqa: E402
 
 TIMEOUT_S = 120
 SLOW_TIMEOUT_S = 900
@@ -36,9 +36,34 @@ settings.register_profile(
 settings.load_profile("random" if "ATTNSIEVE_FUZZ" in os.environ else "ci")
 
 
-@pytest.fixture(params=DEVICES)
+def _backend_params(backends) -> list:
+    return [
+        pytest.param(b, marks=backend_marks(b), id=b if b == "cpu" else f"cuda-{b}")
+        for b in backends
+    ]
+
+
+@pytest.fixture(params=_backend_params(BACKENDS))
 def device(request) -> str:
+    """The CPU, and the GPU once for each of its attend backends (forced by `_forced_backend`)."""
+    return device_of(request.param)
+
+
+@pytest.fixture(params=_backend_params(CUDA_BACKENDS))
+def cuda_backend(request) -> str:
+    """For tests that only run on a GPU: the name of the forced attend backend."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _forced_backend(request, monkeypatch):
+    """Makes the library take the backend that the test's parameters name."""
+    chosen = getattr(getattr(request.node, "callspec", None), "params", {})
+    named = [chosen.get("device"), chosen.get("cuda_backend")]
+    named.append(getattr(chosen.get("case"), "backend", None))
+    for backend in named:
+        if backend in CUDA_BACKENDS:
+            monkeypatch.setenv(FORCE_BACKEND, backend)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,6 +6,7 @@ import torch
 
 from attnsieve import reference
 from cases import Problem
+from layouts import sequences_of
 
 BITWISE = dict(rtol=0, atol=0, equal_nan=True)
 
@@ -86,7 +87,9 @@ def assert_attention_close(out, lse, ref, pt, what: str = "") -> None:
     wanted = [("out", out, ref_out, pt_out, 2 * rounding_noise(ref_out, out.dtype))]
     if lse is not None:
         assert lse.dtype == torch.float32 and lse.shape == ref_lse.shape, what
-        wanted.append(("lse", lse, ref_lse, pt_lse, 1e-5))
+        # Half a unit in the last place of float32: more than that no kernel can promise.
+        largest = ref_lse[ref_lse.isfinite()].abs().amax().item() if ref_lse.isfinite().any() else 0
+        wanted.append(("lse", lse, ref_lse, pt_lse, max(1e-5, largest * 2**-24)))
     for name, actual, expected, eager, floor in wanted:
         actual, eager = actual.double(), eager.double()
         same = _classes(actual) == _classes(expected)
@@ -105,11 +108,23 @@ def assert_attention_close(out, lse, ref, pt, what: str = "") -> None:
         assert mean <= mean_bound, f"{name}: mean error {mean:.3e} above {mean_bound:.3e}\n{what}"
 
 
+def oracle_and_eager(problem: Problem) -> tuple[tuple, tuple]:
+    """(out, lse) of the float64 oracle and of ``pytorch_same_dtype``, sequence by sequence."""
+    own = {name: problem.options.get(name) for name in ("softmax_scale", "sink")}
+    masks = {name: problem.options.get(name, None) for name in ("causal", "window")}
+    shape, device = problem.q.shape, problem.q.device
+    ref = [torch.zeros(size, dtype=torch.float64, device=device) for size in (shape, shape[:-1])]
+    pt = torch.zeros_like(problem.q), torch.zeros(shape[:-1], device=device)
+    for rows_of, one in sequences_of(problem):
+        results = reference.block_sparse_attention(*one.args, **own, **masks, return_lse=True)
+        eager = pytorch_same_dtype(*one.args[:3], oracle_times(one), **own)
+        for whole, part in zip((*ref, *pt), (*results, *eager), strict=True):
+            rows_of(whole).copy_(part)
+    return tuple(ref), pt
+
+
 def check_against_oracle(attention, problem: Problem, what: str = "") -> None:
     """Runs ``attention(q, k, v, index, **options, return_lse=True)`` and compares it."""
     out, lse = attention(*problem.args, **problem.options, return_lse=True)
     assert out.dtype == problem.q.dtype, what
-    ref = reference.block_sparse_attention(*problem.args, **problem.options, return_lse=True)
-    own = {name: problem.options.get(name) for name in ("softmax_scale", "sink")}
-    pt = pytorch_same_dtype(*problem.args[:3], oracle_times(problem), **own)
-    assert_attention_close(out, lse, ref, pt, what)
+    assert_attention_close(out, lse, *oracle_and_eager(problem), what)

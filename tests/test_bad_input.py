@@ -7,7 +7,8 @@ import torch
 
 import attnsieve
 from attnsieve import BlockIndex
-from cases import DTYPES, HEAD_DIMS, cuda_only, randn, random_index
+from cases import DTYPES, HEAD_DIMS, Case, cuda_only, randn, random_index
+from layouts import build_layout
 
 MALFORMED = (ValueError, TypeError)
 
@@ -113,6 +114,71 @@ def test_varlen(mistake):
         call(**(good | change))
 
 
+PAGED_MISTAKES = {
+    "no seq_lens": ("seq_lens", lambda a: dict(seq_lens=None)),
+    "no block_table": ("block_table", lambda a: dict(block_table=None)),
+    "block_table dtype": ("block_table", lambda a: dict(block_table=a["block_table"].long())),
+    "block_table rank": ("block_table", lambda a: dict(block_table=a["block_table"][0])),
+    "block_table batch": ("block_table", lambda a: dict(block_table=a["block_table"][:1])),
+    "block_table strided": ("block_table", lambda a: dict(block_table=a["block_table"][:, ::2])),
+    "seq_lens dtype": ("seq_lens", lambda a: dict(seq_lens=a["seq_lens"].long())),
+    "seq_lens rank": ("seq_lens", lambda a: dict(seq_lens=a["seq_lens"][None])),
+    "seq_lens batch": ("seq_lens", lambda a: dict(seq_lens=a["seq_lens"][:1])),
+    "seq_lens strided": (
+        "seq_lens",
+        lambda a: dict(seq_lens=a["seq_lens"].repeat_interleave(2)[::2]),
+    ),
+    "cu_seqlens_k too": ("cu_seqlens_k", lambda a: dict(cu_seqlens_k=a["seq_lens"])),
+    "page_size 24": ("k: page_size", lambda a: dict(k=a["k"][:, :24], v=a["v"][:, :24])),
+    "page_size 0": ("k: page_size", lambda a: dict(k=a["k"][:, :0], v=a["v"][:, :0])),
+    "page_size of v": ("v: .*page_size", lambda a: dict(v=a["v"][:, :16])),
+    "pages of v": ("v: .*pages", lambda a: dict(v=a["v"][:1])),
+    "k rank": ("k: .*page_size", lambda a: dict(k=a["k"][0])),
+    "k dtype": ("k: ", lambda a: dict(k=a["k"].double())),
+    "head_dim": ("k: .*head_dim", lambda a: dict(k=a["k"][..., :32], v=a["v"][..., :32])),
+    "heads": ("q: .*heads", lambda a: dict(q=a["q"][:, :3])),
+    "q rank": ("q: ", lambda a: dict(q=a["q"][0])),
+}
+
+
+@pytest.mark.parametrize("function", ["block_sparse_attention", "threshold_attention"])
+@pytest.mark.parametrize("mistake", PAGED_MISTAKES)
+def test_pages(device, mistake, function):
+    name, change = PAGED_MISTAKES[mistake]
+    problem = build_layout(Case(device, 100, 150, layout="paged", page_size=32))
+    good = dict(q=problem.q, k=problem.k, v=problem.v, **problem.options)
+    if function == "threshold_attention":
+        good["threshold"] = 0.1
+    function = getattr(attnsieve, function)
+    call(function, **good)
+    with pytest.raises(MALFORMED, match=name):
+        call(function, **(good | change(good)))
+
+
+@cuda_only
+@pytest.mark.parametrize("name", ["block_table", "seq_lens"])
+def test_pages_on_another_device(name):
+    problem = build_layout(Case("cuda", 100, 150, layout="paged"))
+    options = problem.options | {name: problem.options[name].cpu()}
+    with pytest.raises(MALFORMED, match=f"{name}.*device"):
+        attnsieve.block_sparse_attention(*problem.args, **options)
+
+
+def test_garbage_tables_are_memory_safe(device):
+    """Any result, but no access outside the tensors and no hang."""
+    problem = build_layout(Case(device, 130, 700, layout="paged", page_size=16, density=0.7))
+    generator = torch.Generator().manual_seed(0)
+    shape = problem.options["block_table"].shape
+    problem.k.nan_to_num_(0.0)
+    problem.v.nan_to_num_(0.0)
+    for low, high in ((-(2**31), 2**31 - 1), (-3, problem.k.shape[0] + 3)):
+        table = torch.randint(low, high, shape, generator=generator).int().to(device)
+        seq_lens = torch.randint(low, high, shape[:1], generator=generator).int().to(device)
+        options = dict(block_table=table, seq_lens=seq_lens, causal=True, return_lse=True)
+        out, lse = attnsieve.block_sparse_attention(*problem.args, **options)
+        assert out.isfinite().all() and not lse.isnan().any()
+
+
 THRESHOLD_MISTAKES = {
     "negative": ("threshold", dict(threshold=-0.1)),
     "nan": ("threshold", dict(threshold=math.nan)),
@@ -188,12 +254,23 @@ def test_unsupported_head_dim_lists_the_supported_ones(device, head_dim):
         attnsieve.block_sparse_attention(q, q, q)
 
 
-@cuda_only
-@pytest.mark.parametrize("head_dim", [d for d in HEAD_DIMS["cpu"] if d not in HEAD_DIMS["cuda"]])
-def test_cuda_head_dims(head_dim):
+@pytest.mark.parametrize("head_dim", HEAD_DIMS["cpu"])
+def test_cuda_head_dims(cuda_backend, head_dim):
+    """Computed exactly where the capability table says so."""
     q = randn((1, 2, 10, head_dim), torch.bfloat16, "cuda")
+    if head_dim in HEAD_DIMS[cuda_backend]:
+        assert attnsieve.block_sparse_attention(q, q, q).isfinite().all()
+        return
     with pytest.raises(NotImplementedError, match="64.*128"):
         attnsieve.block_sparse_attention(q, q, q)
+
+
+def test_forced_backend_that_does_not_exist(device, monkeypatch):
+    if device == "cpu":
+        pytest.skip("the CPU has one backend")
+    monkeypatch.setenv("ATTNSIEVE_ATTEND_BACKEND", "sm_10")
+    with pytest.raises((*MALFORMED, NotImplementedError), match="sm_10"):
+        call(**arguments(device))
 
 
 @cuda_only
@@ -219,7 +296,7 @@ def test_unsupported_dtype_lists_the_supported_ones(device):
             attnsieve.block_sparse_attention(q, q, q)
 
 
-@pytest.mark.parametrize("block", [(16, 64), (64, 32), (256, 256), (65, 64)], ids=str)
+@pytest.mark.parametrize("block", [(16, 64), (64, 48), (64, 8), (256, 256), (65, 64)], ids=str)
 def test_unsupported_block_sizes_list_the_supported_ones(device, block):
     args = arguments(device)
     args["index"] = random_index(2, 4, 100, 150, block, device=device)

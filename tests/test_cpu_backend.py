@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attnsieve
-from cases import Case, build, cuda_only
+from cases import Case, build
 from numerics import assert_bitwise, check_against_oracle
 
 attend = attnsieve.block_sparse_attention
@@ -26,12 +26,12 @@ def test_float32_is_float32():
     torch.testing.assert_close(attend(*problem.args).double(), expected, rtol=1e-5, atol=2e-6)
 
 
-@cuda_only
-@pytest.mark.parametrize("density", [None, 0.5])
+@pytest.mark.parametrize("block", [None, (64, 64), (128, 64), (128, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cuda_agrees(dtype, density):
+def test_cuda_agrees(cuda_backend, dtype, block):
     """Same order on both: outputs within rounding, counters and selections equal."""
-    case = dict(seqlen_q=300, seqlen_k=500, dtype=dtype, density=density, causal=True, seed=8)
+    case = dict(seqlen_q=300, seqlen_k=500, dtype=dtype, causal=True, seed=8)
+    case |= {} if block is None else dict(density=0.5, block=block)
     here, there = build(Case("cpu", **case)), build(Case("cuda", **case))
     results = []
     for problem in (here, there):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import attnsieve
-from cases import DTYPES, Case, build, cuda_only, randn
+from cases import DTYPES, Case, build, randn
+from layouts import build_layout
 from numerics import assert_bitwise
 
 REPEATS = 100
@@ -54,6 +55,24 @@ def test_thread_count_on_one_long_head(threads):
     assert_bitwise(every_op(problem), expected, f"{threads} threads")
 
 
+def test_batch_neighbours_in_pages_do_not_matter(device):
+    for density in (None, 0.4):
+        problem = build_layout(
+            Case(device, 200, 450, batch=4, causal=True, density=density, layout="paged")
+        )
+        whole = attnsieve.block_sparse_attention(*problem.args, **problem.options, return_lse=True)
+        for b in (0, 2):
+            one, index = slice(b, b + 1), problem.index
+            if index is not None:
+                index = attnsieve.BlockIndex(index.counts[one], index.columns[one], 64, 64)
+            pages = {n: problem.options[n][one] for n in ("block_table", "seq_lens")}
+            args = problem.q[one], problem.k, problem.v, index
+            alone = attnsieve.block_sparse_attention(
+                *args, **(problem.options | pages), return_lse=True
+            )
+            assert_bitwise(alone, tuple(x[one] for x in whole), f"sequence {b} alone")
+
+
 def test_batch_neighbours_do_not_matter(device):
     for problem in problems(device, batch=5):
         whole = attnsieve.block_sparse_attention(*problem.args, return_lse=True)
@@ -88,8 +107,7 @@ def test_calls_in_between_leave_no_trace(device):
     assert_bitwise(every_op(first), expected, "A, B, A")
 
 
-@cuda_only
-def test_streams():
+def test_streams(cuda_backend):
     for problem in problems("cuda", causal=True):
         expected = every_op(problem)
         torch.cuda.synchronize()
@@ -102,8 +120,7 @@ def test_streams():
 
 
 @pytest.mark.slow
-@cuda_only
-def test_many_repeats_under_memory_pressure():
+def test_many_repeats_under_memory_pressure(cuda_backend):
     problem = build(Case("cuda", 1000, 1000, (8, 2), batch=60, density=0.3, causal=True))
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(int(free * 0.7), dtype=torch.uint8, device="cuda")

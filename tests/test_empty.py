@@ -59,6 +59,27 @@ def test_varlen_without_sequences_or_tokens(device):
         assert out.shape == q.shape and lse.shape == (tokens, 2)
 
 
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("empty", ["batch", "pages", "table", "lengths", "queries"])
+def test_pages_of_nothing(device, empty, index):
+    batch, rows = (0 if empty == "batch" else 2), (0 if empty == "queries" else 70)
+    num_pages, max_pages = (0 if empty == "pages" else 5), (0 if empty == "table" else 3)
+    q = randn((batch, 4, rows, 64), DTYPES[device][0], device)
+    k = randn((num_pages, 32, 2, 64), DTYPES[device][0], device)
+    pages = dict(
+        block_table=torch.zeros(batch, max_pages, dtype=torch.int32, device=device),
+        seq_lens=torch.full((batch,), 0 if empty == "lengths" else 80, device=device).int(),
+    )
+    lists = random_index(batch, 4, rows, 32 * max_pages, density=1.0, device=device)
+    out, lse = attend(q, k, k, lists if index else None, **pages, return_lse=True)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+    assert (out == 0).all() and (lse == -math.inf).all()
+    flat = q.transpose(1, 2).flatten(0, 1)
+    cu = torch.arange(batch + 1, device=device).int() * rows
+    out, lse = attend(flat, k, k, **pages, cu_seqlens_q=cu, causal=True, return_lse=True)
+    assert out.shape == flat.shape and (out == 0).all() and (lse == -math.inf).all()
+
+
 def test_selection_of_nothing(device):
     for shape, seqlens in (
         ((0, 2, 2, 3), (100, 150)),

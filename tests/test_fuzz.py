@@ -4,13 +4,26 @@
 line that repeats it.
 """
 
+import os
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import attnsieve
 from attnsieve import BlockIndex, reference
-from cases import BLOCKS, DTYPES, EDGE, HEAD_DIMS, Problem, randn, random_index
+from cases import (
+    BLOCKS,
+    DTYPES,
+    EDGE,
+    FORCE_BACKEND,
+    PAGE_SIZES,
+    Problem,
+    head_dims,
+    randn,
+    random_index,
+)
+from layouts import random_lengths, to_pages
 from numerics import (
     assert_attention_close,
     assert_bitwise,
@@ -84,7 +97,7 @@ def specs(device):
             group=st.sampled_from((1, 2, 3, 4)),
             seqlen_q=LENGTHS,
             seqlen_k=LENGTHS,
-            head_dim=st.sampled_from(HEAD_DIMS[device]),
+            head_dim=st.sampled_from(head_dims(device)),
             dtype=st.sampled_from(DTYPES[device]),
             causal=st.booleans(),
             window=st.one_of(st.none(), st.tuples(SIDES, SIDES)),
@@ -101,12 +114,22 @@ def specs(device):
 
 def repro(check, device, *arguments):
     call = f"test_fuzz.{check.__name__}({device!r}, {', '.join(map(repr, arguments))})"
-    return f'repro: cd tests && python -c "import torch, test_fuzz; {call}"'
+    forced = os.environ.get(FORCE_BACKEND)
+    backend = f"{FORCE_BACKEND}={forced} " if forced else ""
+    return f'repro: cd tests && {backend}python -c "import torch, test_fuzz; {call}"'
 
 
 def check_attend(device, spec):
     problem = draw_problem(device, spec)
     check_against_oracle(attnsieve.block_sparse_attention, problem, f"{spec}")
+
+
+def check_pages(device, spec, page_size):
+    """The whole sequence in pages: lists of the batched problem fit where no block is cut off."""
+    problem = draw_problem(device, spec)
+    lengths = random_lengths(spec["seqlen_k"], spec["batch"], spec["seed"])
+    paged = to_pages(problem, lengths, page_size, spec["seed"])
+    check_against_oracle(attnsieve.block_sparse_attention, paged, f"{spec} {page_size}")
 
 
 def check_threshold(device, spec, threshold, skip_block):
@@ -165,6 +188,14 @@ def test_attend(device):
     @given(specs(device))
     def fuzz(spec):
         run(check_attend, device, spec)
+
+    fuzz()
+
+
+def test_pages(device):
+    @given(specs(device), st.sampled_from(PAGE_SIZES))
+    def fuzz(spec, page_size):
+        run(check_pages, device, spec, page_size)
 
     fuzz()
 

@@ -58,6 +58,24 @@ def test_keys_above_2g_elements(device):
     compare_parts(device, q, k, k, [(8191, 31), (8192, 0), (8199, 31)])
 
 
+def test_pages_above_2g_elements(device):
+    """A cache of 2**31 elements and 16 pages: the first table entry lies past the boundary."""
+    need_gib(device, 14)
+    dtype = DTYPES[device][-1]
+    cache = torch.zeros(2**31 // (64 * 8 * 64) + 16, 64, 8, 64, dtype=dtype, device=device)
+    cache[-16:] = randn((16, 64, 8, 64), dtype, device)
+    last = cache.shape[0] - 1
+    table = torch.tensor([[last, last - 15, 0], [last - 3, last - 8, last]], device=device).int()
+    seq_lens = torch.tensor([128, 170], device=device).int()
+    q = randn((2, 8, 70, 64), dtype, device, 1)
+    actual = attend(q, cache, cache, block_table=table, seq_lens=seq_lens, return_lse=True)
+    small = cache[-16:].clone()
+    expected = attend(
+        q, small, small, block_table=table - (last - 15), seq_lens=seq_lens, return_lse=True
+    )
+    assert_bitwise(actual, expected, "pages past 2**31 elements")
+
+
 def test_row_strides_above_2g_elements(device):
     """Two rows almost 2**31 elements apart, and a head stride beyond it."""
     need_gib(device, 10)

@@ -12,85 +12,112 @@ from cases import (
     EDGE,
     GQA,
     HEAD_DIMS,
+    LAYOUTS,
+    PAGE_SIZES,
     PAIRS,
     Case,
+    Problem,
     build,
+    device_of,
+    every_backend,
+    on,
     pairwise,
-    params,
     randn,
     random_index,
 )
-from numerics import assert_attention_close, check_against_oracle, pytorch_same_dtype
+from layouts import build_layout, offsets
+from numerics import assert_attention_close, check_against_oracle
 
 SMALL_PAIRS = [pair for pair in PAIRS if max(pair) <= 1024]
 LONG_PAIRS = [pair for pair in PAIRS if max(pair) > 1024]
 
 
-def dense_cases(device):
+def dense_cases(backend):
     picks = pairwise(
         seqlens=SMALL_PAIRS,
         heads=GQA,
-        dtype=DTYPES[device],
-        head_dim=HEAD_DIMS[device],
+        dtype=DTYPES[device_of(backend)],
+        head_dim=HEAD_DIMS[backend],
         mask=[(False, None), (True, None), (False, (100, 70)), (False, (-1, 5)), (True, (64, 0))],
         sink=(False, True),
     )
-    return [_case(device, i, pick) for i, pick in enumerate(picks)]
+    return [_case(backend, i, pick) for i, pick in enumerate(picks)]
 
 
-def sparse_cases(device):
+def sparse_cases(backend):
     picks = pairwise(
         seed=1,
         seqlens=[pair for pair in SMALL_PAIRS if min(pair) > 1],
         heads=[(4, 4), (8, 2), (6, 3), (4, 1)],
-        dtype=DTYPES[device],
-        head_dim=HEAD_DIMS[device],
+        dtype=DTYPES[device_of(backend)],
+        head_dim=HEAD_DIMS[backend],
         mask=[(False, None), (True, None), (False, (100, 70)), (True, (64, 0))],
         block=BLOCKS,
         density=DENSITIES,
         list_heads=("q", "kv", "one"),
     )
-    return [_case(device, 1000 + i, pick) for i, pick in enumerate(picks)]
+    return [_case(backend, 1000 + i, pick) for i, pick in enumerate(picks)]
 
 
-def edge_cases(device):
+def edge_cases(backend):
     """Every ragged length on either side, block sizes dealt out in turn."""
-    cases = []
+    cases, dtypes = [], DTYPES[device_of(backend)]
     for i, length in enumerate(EDGE):
-        common = dict(heads=(2, 1), dtype=DTYPES[device][i % len(DTYPES[device])], batch=1, seed=i)
-        block = BLOCKS[i % 4]
-        cases.append(Case(device, length, 200, block=block, density=0.7, causal=True, **common))
-        cases.append(Case(device, 130, length, block=block, density=0.7, **common))
+        common = dict(heads=(2, 1), dtype=dtypes[i % len(dtypes)], batch=1, seed=i, **on(backend))
+        common |= dict(block=BLOCKS[i % len(BLOCKS)], density=0.7)
+        cases.append(Case(seqlen_q=length, seqlen_k=200, causal=True, **common))
+        cases.append(Case(seqlen_q=130, seqlen_k=length, **common))
     return cases
 
 
-def _case(device, seed, pick):
+def layout_cases(backend):
+    """Varlen and pages, with everything that meets a key's position."""
+    picks = pairwise(
+        seed=2,
+        layout=LAYOUTS[1:],
+        page_size=PAGE_SIZES,
+        seqlens=[(64, 200), (130, 333), (1, 257), (200, 65)],
+        heads=[(4, 2), (3, 3)],
+        dtype=DTYPES[device_of(backend)],
+        head_dim=[d for d in HEAD_DIMS[backend] if d >= 64],
+        mask=[(False, None), (True, None), (True, (100, 0)), (False, (70, 30))],
+        block=BLOCKS,
+        density=(None, 0.4, 1.0),
+        list_heads=("q", "kv"),
+        sink=(False, True),
+    )
+    return [_case(backend, 2000 + i, pick | dict(batch=3)) for i, pick in enumerate(picks)]
+
+
+def _case(backend, seed, pick):
     (seqlen_q, seqlen_k), (causal, window) = pick.pop("seqlens"), pick.pop("mask")
-    if device == "cpu" and seqlen_q * seqlen_k > 100_000:  # the oracle's time, not the kernel's
+    if backend == "cpu" and seqlen_q * seqlen_k > 100_000:  # the oracle's time, not the kernel's
         num_heads, num_kv_heads = pick["heads"]
         pick |= dict(heads=(num_heads // num_kv_heads, 1), batch=1)
-    if device == "cpu" and seqlen_q * seqlen_k > 500_000:
+    if backend == "cpu" and seqlen_q * seqlen_k > 500_000:
         pick |= dict(heads=(1, 1), list_heads="one")
-    return Case(device, seqlen_q, seqlen_k, causal=causal, window=window, seed=seed, **pick)
+    lengths = dict(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    return Case(causal=causal, window=window, seed=seed, **lengths, **on(backend), **pick)
 
 
-def _both(make):
-    return params([*make("cpu"), *make("cuda")])
-
-
-@pytest.mark.parametrize("case", _both(dense_cases))
+@pytest.mark.parametrize("case", every_backend(dense_cases))
 def test_dense(case):
     check_against_oracle(attnsieve.block_sparse_attention, build(case), f"{case!r}")
 
 
-@pytest.mark.parametrize("case", _both(sparse_cases))
+@pytest.mark.parametrize("case", every_backend(sparse_cases))
 def test_block_sparse(case):
     check_against_oracle(attnsieve.block_sparse_attention, build(case), f"{case!r}")
 
 
-@pytest.mark.parametrize("case", _both(edge_cases))
+@pytest.mark.parametrize("case", every_backend(edge_cases))
 def test_ragged_lengths(case):
     check_against_oracle(attnsieve.block_sparse_attention, build(case), f"{case!r}")
+
+
+@pytest.mark.parametrize("case", every_backend(layout_cases))
+def test_varlen_and_pages(case):
+    check_against_oracle(attnsieve.block_sparse_attention, build_layout(case), f"{case!r}")
 
 
 @pytest.mark.slow
@@ -118,28 +145,16 @@ def test_varlen(device, lengths, causal, block):
     where = dict(dtype=dtype, device=device)
     q = randn((sum(lengths_q), 4, 64), seed=1, **where)
     k, v = (randn((sum(lengths_k), 2, 64), seed=s, **where) for s in (2, 3))
-    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int().to(device) for x in (lengths_q, lengths_k))
     index = None
     if block is not None:
         batch, longest = len(lengths_q), (max(lengths_q), max(lengths_k))
         index = random_index(batch, 2, *longest, block, 0.6, device)
-    sink = randn((4,), device=device, seed=4)
-    options = dict(causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, sink=sink)
-    out, lse = attnsieve.block_sparse_attention(q, k, v, index, return_lse=True, **options)
-    ref = reference.block_sparse_attention(q, k, v, index, return_lse=True, **options)
-    pt_out, pt_lse = torch.zeros_like(q), torch.zeros(q.shape[:2], device=device)
-    for b in range(len(lengths_q)):
-        rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
-        sequence = [x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys])]
-        own = index
-        if index is not None:
-            own = attnsieve.BlockIndex(index.counts[b : b + 1], index.columns[b : b + 1], *block)
-        seqlens = lengths_q[b], lengths_k[b]
-        times = reference.index_multiplicity(own, 1, 4, *seqlens).to(device)
-        times = times * reference.visible_mask(*seqlens, causal=causal, device=device)
-        one_out, one_lse = pytorch_same_dtype(*sequence, times, sink=sink)
-        pt_out[rows], pt_lse[rows] = one_out[0].transpose(0, 1), one_lse[0].transpose(0, 1)
-    assert_attention_close(out, lse, ref, (pt_out, pt_lse), f"{lengths} {causal} {block}")
+    options = dict(causal=causal, sink=randn((4,), device=device, seed=4))
+    options |= dict(
+        cu_seqlens_q=offsets(lengths_q, device), cu_seqlens_k=offsets(lengths_k, device)
+    )
+    problem = Problem(q, k, v, index, options)
+    check_against_oracle(attnsieve.block_sparse_attention, problem, f"{lengths} {causal} {block}")
 
 
 @pytest.mark.parametrize("skip_block", [64, 128])

@@ -8,6 +8,7 @@ import torch
 import attnsieve
 from attnsieve import BlockIndex
 from cases import BAD_IDS, BLOCKS, DTYPES, Case, build, randn, random_index
+from layouts import build_layout, deal_pages, fill_pages, to_pages
 from numerics import assert_bitwise
 
 attend = attnsieve.block_sparse_attention
@@ -140,6 +141,70 @@ def test_index_tails(device):
         poisoned = BlockIndex(index.counts, columns, 64, 64)
         actual = attend(*problem.args[:3], poisoned, return_lse=True)
         assert_bitwise(actual, expected, f"tail {value}")
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("page_size", [16, 48, 128])
+@pytest.mark.parametrize("density", [None, 0.6])
+def test_pages_and_rows_that_no_sequence_owns(device, density, page_size, fill):
+    """Free pages, rows of a last page past its sequence, and what a table says past it."""
+    block = (64, 32) if page_size == 48 else (128, 64)
+    case = Case(device, 130, 300, batch=3, causal=True, density=density, block=block)
+    lengths = [300, 161, 0]
+    expected, actual = (
+        attend(*paged.args, return_lse=True, **paged.options)
+        for paged in (to_pages(build(case), lengths, page_size, fill=f) for f in (0.0, fill))
+    )
+    assert_bitwise(actual, expected, f"fill {fill}")
+    assert actual[0].isfinite().all() and (actual[1][2] == -math.inf).all()
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_pages_that_no_list_names(device, fill):
+    """Owned pages of a sequence, between listed ones, that no row of the index keeps."""
+    problem = build(Case(device, 130, 512, (2, 2)))
+    mask = torch.zeros(3, 8, dtype=torch.bool, device=device)
+    mask[:, [0, 3, 6]] = True
+    problem.index = BlockIndex.from_dense(mask, 64, 64)
+    problem.index = BlockIndex(
+        *(x.expand(2, *x.shape[1:]) for x in (problem.index.counts, problem.index.columns)), 64, 64
+    )
+    paged = to_pages(problem, [512, 200], 16)
+    expected = attend(*paged.args, return_lse=True, **paged.options)
+    listed = mask[0].repeat_interleave(4)
+    table = paged.options["block_table"]
+    for page in (*table[0, ~listed].tolist(), *table[1, :13][~listed[:13]].tolist()):
+        paged.k[page], paged.v[page] = fill, fill
+    assert_bitwise(attend(*paged.args, return_lse=True, **paged.options), expected, f"{fill}")
+
+
+def test_memory_around_pages_and_tables(device):
+    """Caches, tables and lengths inside canaries; the allocations are exact."""
+    for layout, density in (("paged", None), ("paged_varlen", 0.7)):
+        problem = build_layout(
+            Case(device, 130, 333, causal=True, density=density, layout=layout, page_size=48)
+        )
+        options = dict(problem.options)
+        expected = attend(*problem.args, **options, return_lse=True)
+        guards = {name: Guarded(options[name]) for name in ("block_table", "seq_lens")}
+        problem.options |= {name: guard.view for name, guard in guards.items()}
+        assert_bitwise(guarded_call(problem), expected, layout)
+        for name, guard in guards.items():
+            guard.assert_untouched(name)
+
+
+def test_neighbours_in_a_paged_batch(device):
+    problem = build(Case(device, 100, 256, batch=3))
+    lengths = [256, 130, 77]
+    table = deal_pages(lengths, 4, 64)
+    pages = dict(block_table=table.to(device), seq_lens=torch.tensor(lengths, device=device).int())
+    caches = [fill_pages(x, lengths, table, 64) for x in (problem.k, problem.v)]
+    expected = attend(problem.q, *caches, **pages, return_lse=True)
+    for page in (*table[0].tolist(), *table[2, :2].tolist()):
+        for cache in caches:
+            cache[page] = math.nan
+    actual = attend(problem.q, *caches, **pages, return_lse=True)
+    assert_bitwise([x[1] for x in actual], [x[1] for x in expected], "the sequence between")
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2])

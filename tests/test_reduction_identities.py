@@ -1,11 +1,14 @@
 """Identities that need no oracle: what must not change, must not change."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import attnsieve
 from attnsieve import BlockIndex
 from cases import BLOCKS, DTYPES, Case, build, randn, random_index
+from layouts import to_pages
 from numerics import assert_bitwise
 
 attend = attnsieve.block_sparse_attention
@@ -106,6 +109,56 @@ def test_varlen_of_equal_lengths_is_batched(device):
     flat_out, flat_lse = attend(q, k, v, problem.index, **options)
     assert_bitwise(flat_out, out.transpose(1, 2).flatten(0, 1), "out")
     assert_bitwise(flat_lse, lse.transpose(1, 2).flatten(0, 1), "lse")
+
+
+@pytest.mark.parametrize("block", [None, (64, 64), (128, 32)], ids=str)
+@pytest.mark.parametrize("page_size", [16, 64, 160])
+def test_the_order_of_pages_is_nothing(device, page_size, block):
+    case = Case(device, 130, 320, dtype=dtype_of(device), causal=True)
+    if block is not None:
+        case = dataclasses.replace(case, density=0.6, block=block)
+    problem = build(case)
+    first, second = (
+        attend(*paged.args, **paged.options, return_lse=True)
+        for paged in (to_pages(problem, [320, 201], page_size, seed) for seed in (1, 2))
+    )
+    assert_bitwise(first, second, "shuffled pages")
+    one = [x[:1] for x in problem.args[:3]]
+    index = problem.index
+    if index is not None:
+        index = BlockIndex(index.counts[:1], index.columns[:1], *block)
+    expected = attend(*one, index, causal=True, return_lse=True)
+    tolerance = dict(rtol=2**-7, atol=2**-9) if first[0].dtype != torch.float32 else {}
+    torch.testing.assert_close(first[0][:1], expected[0], **tolerance)
+    torch.testing.assert_close(first[1][:1], expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_pages_with_packed_queries_are_pages(device):
+    problem = to_pages(
+        build(Case(device, 128, 320, dtype=dtype_of(device), density=0.5, causal=True)),
+        [320, 111],
+        64,
+    )
+    out, lse = attend(*problem.args, **problem.options, return_lse=True)
+    q = problem.q.transpose(1, 2).flatten(0, 1).contiguous()
+    cu = torch.tensor([0, 128, 256], device=device).int()
+    options = problem.options | dict(cu_seqlens_q=cu, return_lse=True)
+    flat_out, flat_lse = attend(q, problem.k, problem.v, problem.index, **options)
+    assert_bitwise(flat_out, out.transpose(1, 2).flatten(0, 1), "out")
+    assert_bitwise(flat_lse, lse.transpose(1, 2).flatten(0, 1), "lse")
+
+
+def test_blocks_split_into_smaller_ones_are_the_same_keys(device):
+    """Lists of 128-key blocks, written in blocks of 64, 32 and 16."""
+    problem = build(Case(device, 200, 512, dtype=dtype_of(device), density=0.5, block=(64, 128)))
+    mask = problem.index.to_dense(4)
+    expected = attend(*problem.args, return_lse=True)
+    for block_k in (64, 32, 16):
+        split = BlockIndex.from_dense(mask.repeat_interleave(128 // block_k, -1), 64, block_k)
+        actual = attend(*problem.args[:3], split, return_lse=True)
+        tolerance = dict(rtol=2**-7, atol=2**-9) if actual[0].dtype != torch.float32 else {}
+        torch.testing.assert_close(actual[0], expected[0], **tolerance)
+        torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
 def test_gqa_is_repeated_kv(device):

@@ -1,5 +1,6 @@
 """Threshold skipping makes the decisions of the sequential float64 walk, and renormalises."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,32 +9,34 @@ import torch
 
 import attnsieve
 from attnsieve import reference
-from cases import DTYPES, Case, build, params
+from cases import DTYPES, Case, build, device_of, every_backend
+from layouts import sequences_of, to_pages
 from numerics import assert_attention_close, assert_bitwise, pytorch_same_dtype
 
 # A decision this close to ln(threshold) may legitimately fall either way in float32.
 MARGIN = 1e-3
 
 
-def walk_cases(device):
+def walk_cases(backend):
     cases = []
-    for i, dtype in enumerate(DTYPES[device]):
-        common = dict(dtype=dtype, seed=20 + i)
+    for i, dtype in enumerate(DTYPES[device_of(backend)]):
+        common = dict(dtype=dtype, seed=20 + i, backend=backend)
+        case = functools.partial(Case, device_of(backend), **common)
         cases += [
-            Case(device, 320, 700, (4, 2), **common),
-            Case(device, 513, 513, (4, 4), causal=True, **common),
-            Case(device, 200, 640, (2, 1), causal=True, window=(300, 0), head_dim=128, **common),
-            Case(device, 384, 640, (4, 2), density=0.6, block=(64, 64), **common),
-            Case(device, 384, 640, (4, 2), density=0.6, block=(128, 64), causal=True, **common),
-            Case(device, 257, 900, (4, 1), density=0.7, block=(64, 128), list_heads="kv", **common),
-            Case(
-                device, 300, 640, (2, 2), density=0.5, block=(128, 128), list_heads="one", **common
-            ),
+            case(320, 700, (4, 2)),
+            case(513, 513, (4, 4), causal=True),
+            case(200, 640, (2, 1), causal=True, window=(300, 0), head_dim=128),
+            case(384, 640, (4, 2), density=0.6, block=(64, 64)),
+            case(384, 640, (4, 2), density=0.6, block=(128, 64), causal=True),
+            case(257, 900, (4, 1), density=0.7, block=(64, 128), list_heads="kv"),
+            case(300, 640, (2, 2), density=0.5, block=(128, 128), list_heads="one"),
+            case(300, 900, (2, 2), density=0.9, block=(128, 16), causal=True),
+            case(200, 900, (2, 1), density=0.8, block=(64, 32), window=(600, 0)),
         ]
     return cases
 
 
-WALK_CASES = params([*walk_cases("cpu"), *walk_cases("cuda")])
+WALK_CASES = every_backend(walk_cases)
 THRESHOLDS = (1e-3, 0.2, 2.0, 20.0)
 
 
@@ -123,7 +126,7 @@ def test_threshold_infinite_keeps_rows_alive(case):
         **problem.options,
     )
     assert_bitwise(counters, _walk(problem, math.inf, 128).counters, "counters at infinity")
-    if not case.causal:
+    if not case.causal and case.window is None:
         groups = -(-case.seqlen_q // 64)
         kept = counters[..., 1] - counters[..., 0]
         assert (kept <= groups).all(), "without a causal mask one tile serves every row"
@@ -150,6 +153,51 @@ def test_first_visited_chunk_of_a_list_takes_the_remainder(device):
     assert counters.tolist() == [[[1, 2]]]
     last = [x[:, :, 6 * 64 : 7 * 64] for x in (problem.k, problem.v)]
     assert_bitwise(out, attnsieve.block_sparse_attention(problem.q, *last), "last unit alone")
+
+
+def test_groups_of_a_row_share_one_cut(device):
+    """Kept units 0, 1, 3 in chunks of two: the group that does not see 3 starts with [0, 1]."""
+    problem = build(Case(device, 128, 256, (1, 1), batch=1))
+    mask = torch.tensor([[True, True, False, True]], device=device)
+    index = attnsieve.BlockIndex.from_dense(mask, 128, 64)
+    out, counters = attnsieve.threshold_attention(
+        *problem.args[:3], math.inf, index=index, causal=True, return_counters=True
+    )
+    assert counters.tolist() == [[[1, 3]]]
+    first = [x[:, :, :128] for x in (problem.k, problem.v)]
+    expected = attnsieve.block_sparse_attention(problem.q[:, :, :64], *first)
+    torch.testing.assert_close(out[:, :, :64], expected, rtol=2**-7, atol=2**-8)
+
+
+@pytest.mark.parametrize("block", [None, (64, 64), (128, 16)], ids=str)
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_pages_decide_as_their_sequences(device, page_size, block):
+    case = Case(device, 200, 640, (2, 1), causal=True, batch=3, seed=14)
+    if block is not None:
+        case = dataclasses.replace(case, density=0.6, block=block)
+    paged = to_pages(peaked(case), [640, 333, 0], page_size)
+    _, counters = attnsieve.threshold_attention(
+        *paged.args[:3], 0.3, index=paged.index, return_counters=True, **paged.options
+    )
+    for b, (_, one) in enumerate(sequences_of(paged)):
+        walk = _walk(one, 0.3, 128)
+        assert (walk.margin > MARGIN).all()
+        assert_bitwise(counters[b], walk.counters[0], f"sequence {b}")
+    assert 0 < counters[..., 0].sum() < counters[..., 1].sum()
+
+
+def test_keys_without_a_page_never_veto(device):
+    """Their tiles count, but nothing in them holds a row back; one of them is visited first."""
+    problem = build(Case(device, 64, 512, (1, 1), batch=1))
+    paged = to_pages(problem, [512], 64)
+    paged.options["block_table"][0, [3, 7]] = -1
+    walk = attnsieve.threshold_attention(
+        *paged.args[:3], math.inf, skip_block=64, return_counters=True, **paged.options
+    )
+    assert walk[1].tolist() == [[[6, 8]]], "tile 7 first, then tile 0 for rows without a maximum"
+    first = [x[:, :, :64] for x in (problem.k, problem.v)]
+    expected = attnsieve.block_sparse_attention(problem.q, *first)
+    torch.testing.assert_close(walk[0], expected, rtol=2**-7, atol=2**-8)
 
 
 def test_rows_that_see_nothing_in_a_tile_never_veto(device):

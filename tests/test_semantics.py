@@ -12,8 +12,9 @@ import torch
 
 import attnsieve
 from attnsieve import BlockIndex, reference
-from cases import BAD_IDS, BLOCKS, DTYPES, Case, Problem, build, randn, random_index
-from numerics import assert_bitwise, check_against_oracle
+from cases import BAD_IDS, BLOCKS, DTYPES, LAYOUTS, Case, Problem, build, randn, random_index
+from layouts import build_layout, to_pages
+from numerics import assert_bitwise, check_against_oracle, oracle_and_eager
 
 attend = attnsieve.block_sparse_attention
 
@@ -306,6 +307,89 @@ def test_varlen_rows_beyond_the_index_attend_to_nothing(device):
     out, lse = attend(q, k, v, index, **options)
     assert (out[128:] == 0).all() and (lse[128:] == -math.inf).all()
     assert lse[:128].isfinite().all()
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 96])
+def test_pages_are_the_sequence_in_table_order(device, page_size):
+    """v counts keys, so out shows which rows of which pages a sequence was read from."""
+    lengths = [200, 57]
+    problem = build(Case(device, 3, 200, (1, 1), dtype=torch.float16))
+    problem.k.zero_()
+    problem.v[..., 0] = torch.arange(200, device=device)
+    paged = to_pages(problem, lengths, page_size)
+    options = paged.options | dict(causal=True, return_lse=True)
+    out, lse = attend(*paged.args, **options)
+    for b, length in enumerate(lengths):
+        for row in range(3):
+            seen = length - 2 + row
+            assert float(lse[b, 0, row]) == pytest.approx(math.log(seen), abs=1e-5)
+            assert float(out[b, 0, row, 0]) == pytest.approx((seen - 1) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("window", [(40, 0), (10, 5)], ids=str)
+def test_masks_of_pages_are_relative_to_seq_lens(device, window):
+    problem = build(Case(device, 70, 300))
+    paged = to_pages(problem, [300, 90], 64)
+    options = paged.options | dict(window=window, return_lse=True)
+    out, lse = attend(*paged.args, **options)
+    for b, length in enumerate((300, 90)):
+        one = [x[b : b + 1, :, :length] for x in (problem.k, problem.v)]
+        expected = attend(problem.q[b : b + 1], *one, window=window, return_lse=True)
+        torch.testing.assert_close(lse[b : b + 1], expected[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out[b : b + 1], expected[0], rtol=2**-7, atol=2**-8)
+
+
+def test_seq_lens_are_clamped(device):
+    problem = build(Case(device, 100, 192, batch=4))
+    paged = to_pages(problem, [192, 192, 0, 0], 64)
+    expected = attend(*paged.args, **paged.options, return_lse=True)
+    clamped = torch.tensor([193, 2**31 - 1, -1, -(2**31)], device=device).int()
+    options = paged.options | dict(seq_lens=clamped)
+    assert_bitwise(attend(*paged.args, **options, return_lse=True), expected, "lengths")
+
+
+@pytest.mark.parametrize("block", [None, (64, 64), (128, 16)], ids=str)
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_keys_behind_a_bad_table_entry_are_masked(device, page_size, block):
+    """The entry is never followed; the result is attention over the other keys."""
+    case = Case(device, 130, 512, causal=True)
+    if block is not None:
+        case = Case(device, 130, 512, causal=True, density=0.8, block=block)
+    paged = to_pages(build(case), [512, 300], page_size)
+    table = paged.options["block_table"]
+    bad = torch.tensor([*BAD_IDS, paged.k.shape[0]], device=device).int()
+    holes = torch.arange(0, 300 // page_size, 2, device=device)
+    table[0, holes] = bad[holes % len(bad)]
+    table[1, holes[:1]] = bad[0]
+    out, lse = attend(*paged.args, **paged.options, return_lse=True)
+    ref = reference.block_sparse_attention(*paged.args, **paged.options, return_lse=True)
+    torch.testing.assert_close(lse.double(), ref[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), ref[0], rtol=2**-7, atol=2**-8)
+    table[:] = -1
+    out, lse = attend(*paged.args, **paged.options, return_lse=True)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reference_takes_every_layout(layout):
+    """The public oracle against itself on the sequences taken apart by the tests' own code."""
+    for density in (None, 0.5):
+        case = Case("cpu", 70, 200, batch=3, causal=True, density=density, layout=layout)
+        problem = build_layout(case)
+        whole = reference.block_sparse_attention(*problem.args, **problem.options, return_lse=True)
+        torch.testing.assert_close(whole, oracle_and_eager(problem)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_validate_argument_checks_the_pages(device):
+    problem = build_layout(Case(device, 70, 200, layout="paged", density=0.5))
+    attend(*problem.args, **problem.options, validate=True)
+    table, seq_lens = problem.options["block_table"], problem.options["seq_lens"]
+    table[0, 1] = problem.k.shape[0]
+    with pytest.raises(ValueError, match=r"block_table\[0, 1\]"):
+        attend(*problem.args, **problem.options, validate=True)
+    seq_lens[0] = -1
+    with pytest.raises(ValueError, match=r"seq_lens\[0\] = -1"):
+        attend(*problem.args, **problem.options, validate=True)
 
 
 def test_threshold_is_final_and_not_a_scale_factor(device):

@@ -1,5 +1,6 @@
 """Ops run on the current stream, never synchronise, and can be captured and replayed."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 
 import attnsieve
 from attnsieve import BlockIndex
-from cases import Case, build, cuda_only, random_index
+from cases import Case, build, random_index
+from layouts import build_layout
 from numerics import assert_bitwise
 
-pytestmark = cuda_only
+pytestmark = pytest.mark.usefixtures("cuda_backend")
 
 SLEEP_CYCLES = 200_000_000  # about 0.1 s
 
@@ -35,12 +37,18 @@ def select_and_attend(problem):
     return attnsieve.block_sparse_attention(*problem.args[:3], index, causal=True, return_lse=True)
 
 
+def attend_small_blocks(problem):
+    """The same lists read as blocks of 16 keys."""
+    index = BlockIndex(problem.index.counts, problem.index.columns, 64, 16)
+    return attnsieve.block_sparse_attention(*problem.args[:3], index, causal=True, return_lse=True)
+
+
 def merge(problem):
     out, lse = attend(problem)
     return attnsieve.merge_states(torch.stack([out, 2 * out]), torch.stack([lse, lse + 1]))
 
 
-OPS = (attend, walk, select, select_and_attend, merge)
+OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge)
 
 
 def problem_of(seed):
@@ -157,6 +165,56 @@ def test_varlen_capture_with_new_lengths():
         graph.replay()
         torch.cuda.synchronize()
         assert_bitwise(result, op(cu), f"second sequence at {middle}")
+
+
+PAGED = dict(causal=True, layout="paged", page_size=64)
+
+
+def _tensors(problem):
+    pages = (problem.options[name] for name in ("block_table", "seq_lens"))
+    lists = () if problem.index is None else (problem.index.counts, problem.index.columns)
+    return (*problem.args[:3], *pages, *lists)
+
+
+@pytest.mark.parametrize("op", [attend, walk], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("density", [None, 0.5])
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_paged_capture_with_new_tables_and_lengths(op, density, page_size):
+    case = Case("cuda", 300, 500, density=density, **(PAGED | dict(page_size=page_size)))
+    static = build_layout(case)
+    graph, result = _capture(op, static)
+    for seed in (1, 2, 3):
+        fresh = build_layout(dataclasses.replace(case, seed=seed))
+        for to, x in zip(_tensors(static), _tensors(fresh), strict=True):
+            to.copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_bitwise(result, op(fresh), f"replay with inputs {seed}")
+    static.options["seq_lens"].zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert (result[0] == 0).all() and (result[1] == -torch.inf).all()
+
+
+def test_pages_on_a_side_stream_and_without_synchronisation():
+    source = build_layout(Case("cuda", 300, 500, density=0.5, **PAGED))
+    expected = attend(source)
+    late = build_layout(Case("cuda", 300, 500, density=0.5, seed=5, **PAGED))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(SLEEP_CYCLES)
+            for to, x in zip(_tensors(late), _tensors(source), strict=True):
+                to.copy_(x)
+            actual = attend(late)
+            busy = not stream.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert busy, "the call waited for the sleep in front of it"
+    assert_bitwise(actual, expected, "side stream")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")

@@ -6,6 +6,7 @@ import torch
 import attnsieve
 from attnsieve import BlockIndex
 from cases import DTYPES, Case, build, randn
+from layouts import build_layout
 from numerics import assert_bitwise
 
 attend = attnsieve.block_sparse_attention
@@ -78,6 +79,19 @@ def test_varlen_operands(device, layout):
     options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True, return_lse=True)
     expected = attend(q, k, v, **options)
     assert_bitwise(attend(layout(q), layout(k), layout(v), **options), expected, "varlen")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_pages(device, layout):
+    """Caches of any strides, [num_pages, Hkv, page_size, D] storage among them; strided tables."""
+    problem = build_layout(Case(device, 130, 200, causal=True, density=0.6, layout="paged"))
+    expected = attend(*problem.args, **problem.options, return_lse=True)
+    table, seq_lens = problem.options["block_table"], problem.options["seq_lens"]
+    problem.options["block_table"] = torch.cat([table, table - 77], dim=1)[:, : table.shape[1]]
+    problem.options["seq_lens"] = torch.cat([seq_lens, seq_lens - 77])[: seq_lens.shape[0]]
+    problem.k, problem.v = layout(problem.k), layout(problem.v)
+    actual = attend(*problem.args, **problem.options, return_lse=True)
+    assert_bitwise(actual, expected, layout.__name__)
 
 
 def test_strided_index_and_sink_are_right_or_refused(device):

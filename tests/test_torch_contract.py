@@ -6,15 +6,17 @@ import torch
 import attnsieve
 from attnsieve import BlockIndex
 from cases import DTYPES, Case, build, randn, random_index
+from layouts import build_layout
 from numerics import assert_bitwise
 
 ops = torch.ops.attnsieve
 
 SCHEMAS = {
     "attend": "attnsieve::attend(Tensor q, Tensor k, Tensor v, Tensor? counts, Tensor? columns, "
-    "int block_q, int block_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sink, "
-    "float? threshold, Tensor? threshold_per_head, int skip_block, float softmax_scale, "
-    "bool causal, int window_left, int window_right) -> (Tensor out, Tensor lse, Tensor counters)",
+    "int block_q, int block_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "
+    "Tensor? seq_lens, Tensor? sink, float? threshold, Tensor? threshold_per_head, "
+    "int skip_block, float softmax_scale, bool causal, int window_left, int window_right) "
+    "-> (Tensor out, Tensor lse, Tensor counters)",
     "merge_states": "attnsieve::merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)",
     "select_blocks": "attnsieve::select_blocks(Tensor scores, int seqlen_q, int seqlen_k, "
     "int block_q, int block_k, int? topk, float? fraction, float? top_p, int min_blocks, "
@@ -60,6 +62,8 @@ def attend_sample(device, layout=lambda x: x, index=None, varlen=False, batch=2,
         block_k=64,
         cu_seqlens_q=cu,
         cu_seqlens_k=cu,
+        block_table=None,
+        seq_lens=None,
         sink=None,
         threshold=None,
         threshold_per_head=None,
@@ -72,9 +76,19 @@ def attend_sample(device, layout=lambda x: x, index=None, varlen=False, batch=2,
     return tuple((arguments | change).values())
 
 
+def paged_sample(device, **change):
+    """The sample's keys and values in a cache of 12 pages of 32."""
+    dtype = DTYPES[device][0]
+    k, v = (randn((12, 32, 2, 64), dtype, device, s) for s in (1, 2))
+    table = torch.arange(10, device=device).int().view(2, 5)
+    seq_lens = torch.tensor([150, 67], device=device).int()
+    return attend_sample(device, k=k, v=v, block_table=table, seq_lens=seq_lens, **change)
+
+
 def attend_samples(device):
     lists = random_index(2, 4, 100, 150, density=0.6, device=device)
     flat = random_index(2, 1, 90, 90, density=0.6, device=device)
+    small = random_index(2, 4, 100, 160, (64, 16), density=0.6, device=device)
     dtypes = DTYPES[device]
     return {
         "dense": attend_sample(device, causal=True),
@@ -90,6 +104,11 @@ def attend_samples(device):
         ),
         "varlen": attend_sample(device, varlen=True, causal=True),
         "varlen index": attend_sample(device, index=flat, varlen=True, threshold=0.5),
+        "index of small blocks": attend_sample(device, index=small, block_k=16, causal=True),
+        "paged": paged_sample(device, causal=True),
+        "paged bshd": paged_sample(device, layout=bshd, sink=torch.zeros(4, device=device)),
+        "paged index": paged_sample(device, index=small, block_k=16, threshold=0.1),
+        "paged varlen": paged_sample(device, varlen=True, cu_seqlens_k=None, causal=True),
         "one of everything": attend_sample(device, batch=1),
         "empty batch": attend_sample(device, batch=0),
     }
@@ -197,6 +216,20 @@ def test_compile_with_an_index_argument(device):
     problem = build(Case(device, 130, 200, dtype=DTYPES[device][0], density=0.5))
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     assert_bitwise(compiled(*problem.args), attend(*problem.args), "index argument")
+
+
+def test_compile_with_pages(device):
+    def attend(q, k, v, block_table, seq_lens):
+        pages = dict(block_table=block_table, seq_lens=seq_lens)
+        return attnsieve.block_sparse_attention(q, k, v, causal=True, return_lse=True, **pages)
+
+    torch._dynamo.reset()
+    case = Case(device, 130, 200, dtype=DTYPES[device][0], layout="paged")
+    problem = build_layout(case)
+    pages = [problem.options[name] for name in ("block_table", "seq_lens")]
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    args = (*problem.args[:3], *pages)
+    assert_bitwise(compiled(*args), attend(*args), "pages")
 
 
 def test_compile_that_builds_an_index(device):

@@ -4,15 +4,15 @@
 //   kUnitsPerTile   most units that one vote covers
 #pragma once
 
+#include "attnsieve/problem.h"
 #include "cuda/common/numeric.cuh"
-#include "cuda/common/work_tile.cuh"
 
 namespace attnsieve {
 
 struct NoSkip {
   static constexpr bool kVotes = false;
   static constexpr int kUnitsPerTile = 1;
-  __device__ NoSkip(const AttendProblem&, const WorkTile&) {}
+  __device__ NoSkip(const AttendProblem&, int /*batch*/, int /*head*/) {}
 };
 
 // Skip a tile iff for every row m_tile - m_run < ln(lambda) (BLASST). Row maxima are unscaled
@@ -22,15 +22,15 @@ class ThresholdSkip {
   static constexpr bool kVotes = true;
   static constexpr int kUnitsPerTile = 2;
 
-  __device__ ThresholdSkip(const AttendProblem& p, const WorkTile& tile) {
+  __device__ ThresholdSkip(const AttendProblem& p, int batch, int head) {
     const Threshold& t = p.threshold;
     float lambda = t.value;
     if (t.per_head != nullptr)
-      lambda = t.per_head[tile.batch * t.stride_batch + tile.head * t.stride_head];
+      lambda = t.per_head[batch * t.stride_batch + head * t.stride_head];
     log2_lambda_ = log2f(lambda);
     scale_log2_ = p.softmax_scale * kLog2e;
     counters_ =
-        t.counters == nullptr ? nullptr : t.counters + (tile.batch * p.num_heads + tile.head) * 2;
+        t.counters == nullptr ? nullptr : t.counters + (batch * p.num_heads + head) * 2;
   }
 
   // A row that sees nothing in the tile never vetoes; a NaN always does. lambda = 0 keeps
@@ -45,8 +45,9 @@ class ThresholdSkip {
     skipped_ += kept ? 0 : 1;
   }
 
+  // Called by one thread of the group.
   __device__ void store_counters() const {
-    if (counters_ == nullptr || threadIdx.x != 0) return;
+    if (counters_ == nullptr) return;
     auto* counters = reinterpret_cast<unsigned long long*>(counters_);
     atomicAdd(counters, static_cast<unsigned long long>(skipped_));
     atomicAdd(counters + 1, static_cast<unsigned long long>(total_));

@@ -24,6 +24,51 @@ __device__ __forceinline__ float base_of(float row_max, float scale_log2) {
   return __fmul_rn(row_max, scale_log2);
 }
 
+// Multiplies row r of a (row, column) tensor by factors[r].
+template <class Rows, int kRows>
+__device__ __forceinline__ void rescale_rows(Rows&& rows, const float (&factors)[kRows]) {
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int column = 0; column < cute::size<1>(rows); ++column) rows(row, column) *= factors[row];
+  }
+}
+
+// What a row stores: out = scale * accumulator, and its log-sum-exp.
+struct RowResult {
+  float scale;
+  float lse;
+};
+
+// `row_max` is an unscaled logit, `row_sum` the whole sum of its row, `sink` a further logit or
+// -inf. A row that saw nothing gets scale 0 and lse -inf; with a sink, 0 and the sink.
+__device__ __forceinline__ RowResult finish_row(float row_max, float row_sum, float softmax_scale,
+                                                float sink) {
+  const float scale_log2 = softmax_scale * kLog2e;
+  // Undoing the rounding of the base keeps the lse of large logits within one rounding.
+  const float base = base_of(row_max, scale_log2);
+  const bool empty = row_max == negative_infinity();
+  const float correction = empty ? 1.0f : exp2_approx(-fmaf(row_max, scale_log2, -base));
+  const float sum = row_sum * correction;
+  const float max_logit = row_max * softmax_scale;
+  const bool sink_leads = sink > max_logit;
+  const float rescale = sink_leads ? exp2_approx((max_logit - sink) * kLog2e) : 1.0f;
+  float sink_weight = sink_leads ? 1.0f : 0.0f;
+  if (!sink_leads && sink != negative_infinity()) {
+    sink_weight = exp2_approx((sink - max_logit) * kLog2e);
+  }
+  const float total = sum * rescale + sink_weight;
+  RowResult result;
+  result.scale = total == 0.0f ? 0.0f : rescale * correction / total;
+  result.lse = negative_infinity();
+  if (sink_leads) {
+    result.lse = sink + logf(total);
+  } else if (total != 0.0f) {
+    result.lse = fmaf(row_max, softmax_scale, logf(total));
+  }
+  return result;
+}
+
 // Running maximum (unscaled logits), and this lane's part of the running sum, for kRows rows.
 // Invariant: row_max is -inf iff the row has seen no finite logit; then row_sum and the output are
 // 0.
@@ -40,28 +85,35 @@ struct OnlineSoftmax {
     }
   }
 
-  // Folds a step with maxima `step_max` into the state: scores become weights, `out` is rescaled.
-  // Both tensors are (row, column).
-  template <class Scores, class Out>
-  __device__ void update(Scores&& scores, Out&& out, const float (&step_max)[kRows],
-                         float scale_log2) {
+  // Folds a step with maxima `step_max` into the state: scores become weights. What the output
+  // gathered so far must be multiplied by `rescale`. Scores are (row, column).
+  template <class Scores>
+  __device__ void weigh(Scores&& scores, const float (&step_max)[kRows], float scale_log2,
+                        float (&rescale)[kRows]) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float next_max = max_nan(row_max[row], step_max[row]);
       // A row without a finite logit keeps base 0, so that -inf - base stays -inf instead of NaN.
       const float base = next_max == negative_infinity() ? 0.0f : base_of(next_max, scale_log2);
-      const float rescale = exp2_approx(base_of(row_max[row], scale_log2) - base);
+      rescale[row] = exp2_approx(base_of(row_max[row], scale_log2) - base);
       row_max[row] = next_max;
-      row_sum[row] *= rescale;
+      row_sum[row] *= rescale[row];
 #pragma unroll
       for (int column = 0; column < cute::size<1>(scores); ++column) {
         const float weight = exp2_approx(fmaf(scores(row, column), scale_log2, -base));
         scores(row, column) = weight;
         row_sum[row] += weight;
       }
-#pragma unroll
-      for (int column = 0; column < cute::size<1>(out); ++column) out(row, column) *= rescale;
     }
+  }
+
+  // weigh(), and the rescaling of `out` (row, column).
+  template <class Scores, class Out>
+  __device__ void update(Scores&& scores, Out&& out, const float (&step_max)[kRows],
+                         float scale_log2) {
+    float rescale[kRows];
+    weigh(scores, step_max, scale_log2, rescale);
+    rescale_rows(out, rescale);
   }
 };
 

@@ -36,16 +36,27 @@ struct WorkTile {
 // More tokens than a sequence may have (checked on the host); its double still fits an int.
 inline constexpr int kMaxTokens = 1 << 30;
 
+// Query row r sees the keys [max(0, r + begin), min(seqlen_k, r + end)).
+struct KeyShifts {
+  int begin;
+  int end;
+};
+
 // The device form of visible_keys(): one addition and one comparison a side.
-__device__ __forceinline__ void set_visibility(const Mask& mask, WorkTile* tile) {
-  const int64_t offset = static_cast<int64_t>(tile->seqlen_k) - tile->seqlen_q;
+__device__ __forceinline__ KeyShifts key_shifts(const Mask& mask, int seqlen_q, int seqlen_k) {
+  const int64_t offset = static_cast<int64_t>(seqlen_k) - seqlen_q;
   int64_t begin = -kMaxTokens;
   int64_t end = kMaxTokens - 1;
   if (mask.window_left >= 0) begin = max64(begin, offset - mask.window_left);
   if (mask.window_right >= 0) end = min64(end, offset + mask.window_right + 1);
   if (mask.causal) end = min64(end, offset + 1);
-  tile->begin_shift = static_cast<int>(begin);
-  tile->end_shift = static_cast<int>(end);
+  return {static_cast<int>(begin), static_cast<int>(end)};
+}
+
+__device__ __forceinline__ void set_visibility(const Mask& mask, WorkTile* tile) {
+  const KeyShifts shifts = key_shifts(mask, tile->seqlen_q, tile->seqlen_k);
+  tile->begin_shift = shifts.begin;
+  tile->end_shift = shifts.end;
   // The first row bounds the left side of what some row sees, the last row that of what all see.
   const int last_row = tile->row_end - 1;
   tile->visible_begin = tile->first_key(tile->row_begin);
@@ -74,29 +85,56 @@ __device__ __forceinline__ TokenRange sequence_tokens(const int32_t* cu_seqlens,
   return {begin, end - begin};
 }
 
-// Finds the sequence that owns row group `group`, 32 sequences a step; every warp does the same
-// search.
-__device__ __forceinline__ bool find_sequence(const AttendProblem& p, int64_t group, int* batch,
-                                              int64_t* group_in_sequence) {
+struct Sequence {
+  int token_q;  // first token in a varlen tensor, 0 when batched or paged
+  int seqlen_q;
+  int token_k;
+  int seqlen_k;
+};
+
+__device__ __forceinline__ Sequence load_sequence(const AttendProblem& p, int batch) {
+  Sequence sequence{0, static_cast<int>(p.seqlen_q), 0, static_cast<int>(p.seqlen_k)};
+  if (p.varlen.cu_seqlens_q != nullptr) {
+    const TokenRange tokens = sequence_tokens(p.varlen.cu_seqlens_q, batch, p.seqlen_q);
+    sequence.token_q = static_cast<int>(tokens.begin);
+    sequence.seqlen_q = static_cast<int>(tokens.length);
+  }
+  if (p.varlen.cu_seqlens_k != nullptr) {
+    const TokenRange tokens = sequence_tokens(p.varlen.cu_seqlens_k, batch, p.seqlen_k);
+    sequence.token_k = static_cast<int>(tokens.begin);
+    sequence.seqlen_k = static_cast<int>(tokens.length);
+  }
+  if (p.paged.seq_lens != nullptr) {
+    sequence.seqlen_k = max(0, min(p.paged.seq_lens[batch], sequence.seqlen_k));
+  }
+  return sequence;
+}
+
+// Finds the sequence that owns row tile `tile` when every sequence is cut into tiles of
+// `tile_rows`, the first of which may start `lead_rows` early; 32 sequences a step, every warp does
+// the same search.
+__device__ __forceinline__ bool find_sequence(const AttendProblem& p, int64_t tile, int tile_rows,
+                                              int lead_rows, int* batch, int* tile_in_sequence) {
   const int lane = threadIdx.x % kWarpThreads;
   int64_t passed = 0;
   for (int64_t base = 0; base < p.batch; base += kWarpThreads) {
-    int64_t groups = 0;
+    int64_t tiles = 0;
     if (base + lane < p.batch) {
       const TokenRange tokens = sequence_tokens(p.varlen.cu_seqlens_q, base + lane, p.seqlen_q);
-      groups = (tokens.length + kGroupRows - 1) / kGroupRows;
+      tiles = (tokens.length + lead_rows + tile_rows - 1) / tile_rows;
     }
-    int64_t inclusive = groups;
+    int64_t inclusive = tiles;
 #pragma unroll
     for (int distance = 1; distance < kWarpThreads; distance *= 2) {
       const int64_t below = __shfl_up_sync(0xffffffffu, inclusive, distance);
       if (lane >= distance) inclusive += below;
     }
-    const unsigned owners = __ballot_sync(0xffffffffu, passed + inclusive > group);
+    const unsigned owners = __ballot_sync(0xffffffffu, passed + inclusive > tile);
     if (owners != 0) {
       const int owner = __ffs(owners) - 1;
       *batch = static_cast<int>(base) + owner;
-      *group_in_sequence = group - passed - __shfl_sync(0xffffffffu, inclusive - groups, owner);
+      *tile_in_sequence = static_cast<int>(
+          tile - passed - __shfl_sync(0xffffffffu, inclusive - tiles, owner));
       return true;
     }
     passed += __shfl_sync(0xffffffffu, inclusive, kWarpThreads - 1);
@@ -112,25 +150,22 @@ __device__ __forceinline__ WorkTile locate_work(const AttendProblem& p, unsigned
   int64_t group = groups - 1 - cta % groups;
   tile.head = static_cast<int>(cta / groups);
   tile.kv_head = tile.head / static_cast<int>(p.num_heads / p.num_kv_heads);
+  tile.valid = true;
   if (p.varlen.cu_seqlens_q != nullptr) {
-    int64_t group_in_sequence = 0;
-    tile.valid = find_sequence(p, group, &tile.batch, &group_in_sequence);
+    int group_in_sequence = 0;
+    tile.valid = find_sequence(p, group, kGroupRows, 0, &tile.batch, &group_in_sequence);
     if (!tile.valid) return tile;
-    const TokenRange q_tokens = sequence_tokens(p.varlen.cu_seqlens_q, tile.batch, p.seqlen_q);
-    const TokenRange k_tokens = sequence_tokens(p.varlen.cu_seqlens_k, tile.batch, p.seqlen_k);
-    tile.token_q = static_cast<int>(q_tokens.begin);
-    tile.seqlen_q = static_cast<int>(q_tokens.length);
-    tile.token_k = static_cast<int>(k_tokens.begin);
-    tile.seqlen_k = static_cast<int>(k_tokens.length);
     group = group_in_sequence;
   } else {
     const int groups_per_sequence = static_cast<int>(groups / static_cast<unsigned>(p.batch));
-    tile.valid = true;
     tile.batch = static_cast<int>(group / groups_per_sequence);
-    tile.seqlen_q = static_cast<int>(p.seqlen_q);
-    tile.seqlen_k = static_cast<int>(p.seqlen_k);
     group %= groups_per_sequence;
   }
+  const Sequence sequence = load_sequence(p, tile.batch);
+  tile.token_q = sequence.token_q;
+  tile.seqlen_q = sequence.seqlen_q;
+  tile.token_k = sequence.token_k;
+  tile.seqlen_k = sequence.seqlen_k;
   tile.row_begin = static_cast<int>(group) * kGroupRows;
   tile.row_end = min(tile.row_begin + kGroupRows, tile.seqlen_q);
   set_visibility(p.mask, &tile);

@@ -1,7 +1,9 @@
 // attend on CUDA: run-time values -> one compiled kernel.
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <string>
+#include <type_traits>
 
 #include "attnsieve/launch.h"
 #include "cuda/common/cuda_check.h"
@@ -44,16 +46,60 @@ void attend_sm80(const AttendProblem& problem, void* stream) {
   }
 }
 
+template <class Element, int kHeadDim>
+void attend_sm90(const AttendProblem& problem, const DeviceInfo& device, void* stream) {
+  const sm90::AttendPlan plan = sm90::plan_attend(problem);
+  const sm90::AttendArguments arguments = sm90::make_arguments(problem, plan);
+  const auto launch = [&](auto interleaved) {
+    constexpr bool kInterleaved = decltype(interleaved)::value;
+    if (problem.is_indexed()) {
+      sm90::launch_attend<Element, kHeadDim, kInterleaved, true>(arguments, plan, device.num_sms,
+                                                                 stream);
+    } else {
+      sm90::launch_attend<Element, kHeadDim, kInterleaved, false>(arguments, plan, device.num_sms,
+                                                                  stream);
+    }
+  };
+  if constexpr (kHeadDim > 64) {
+    if (plan.interleaved) return launch(std::true_type{});
+  }
+  launch(std::false_type{});
+}
+
+template <class Element>
+void attend_sm90(const AttendProblem& problem, const DeviceInfo& device, void* stream) {
+  switch (problem.head_dim) {
+#if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_64
+    case 64: return attend_sm90<Element, 64>(problem, device, stream);
+#endif
+#if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_128
+    case 128: return attend_sm90<Element, 128>(problem, device, stream);
+#endif
+    default:
+      throw Unsupported("attend: sm_90 with head_dim " + std::to_string(problem.head_dim) +
+                        " was left out of this build");
+  }
+}
+
+template <class Element>
+void attend_on(Backend backend, const AttendProblem& problem, const DeviceInfo& device,
+               void* stream) {
+  if (backend == Backend::kSm90) return attend_sm90<Element>(problem, device, stream);
+  attend_sm80<Element>(problem, stream);
+}
+
 }  // namespace
 
 void attend(const AttendProblem& problem, void* stream) {
-  choose_attend_backend(problem, current_device());
+  const DeviceInfo device = current_device();
+  const Backend backend =
+      choose_attend_backend(problem, device, std::getenv("ATTNSIEVE_ATTEND_BACKEND"));
   check_sizes(problem);
   zero_counters(problem, stream);
   if (problem.batch == 0 || problem.seqlen_q == 0) return;
   switch (problem.dtype) {
-    case DType::kFloat16: return attend_sm80<cute::half_t>(problem, stream);
-    case DType::kBFloat16: return attend_sm80<cute::bfloat16_t>(problem, stream);
+    case DType::kFloat16: return attend_on<cute::half_t>(backend, problem, device, stream);
+    case DType::kBFloat16: return attend_on<cute::bfloat16_t>(backend, problem, device, stream);
     case DType::kFloat32: break;  // refused by the capability table
   }
 }

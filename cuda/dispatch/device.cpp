@@ -9,19 +9,26 @@ namespace attnsieve::cuda {
 
 DeviceInfo current_device() {
   constexpr int kMaxDevices = 64;
-  static std::array<std::atomic<int>, kMaxDevices> known{};
+  constexpr int kPerSm = 1000;
+  static std::array<std::atomic<int>, kMaxDevices> known{};  // capability + kPerSm * SMs
   int index = 0;
   check_cuda(cudaGetDevice(&index), "cudaGetDevice");
-  if (index < kMaxDevices && known[index] != 0) return {known[index]};
+  if (index < kMaxDevices && known[index] != 0) {
+    const int facts = known[index];
+    return {facts % kPerSm, facts / kPerSm};
+  }
   int major = 0;
   int minor = 0;
+  int num_sms = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
              "cudaDeviceGetAttribute");
   check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
              "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, index),
+             "cudaDeviceGetAttribute");
   const int capability = major * 10 + minor;
-  if (index < kMaxDevices) known[index] = capability;
-  return {capability};
+  if (index < kMaxDevices) known[index] = capability + kPerSm * num_sms;
+  return {capability, num_sms};
 }
 
 void set_device(int index) {

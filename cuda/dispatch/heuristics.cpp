@@ -1,17 +1,32 @@
 #include "cuda/dispatch/heuristics.h"
 
-#include <string>
+#include <algorithm>
+#include <cstring>
 
 namespace attnsieve::cuda {
 
-Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& device) {
+Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& device,
+                              const char* forced) {
   if (device.compute_capability < 80) {
     throw Unsupported("attend needs a GPU of compute capability 8.0 or newer, got " +
                       std::to_string(device.compute_capability / 10) + "." +
                       std::to_string(device.compute_capability % 10));
   }
-  require_supported("attend", Backend::kSm80, problem.dtype, problem.head_dim);
-  return Backend::kSm80;
+  Backend best = Backend::kSm80;
+  if (device.compute_capability == 90) best = Backend::kSm90;
+  if (forced != nullptr && forced[0] != '\0') {
+    const bool sm90 = std::strcmp(forced, backend_name(Backend::kSm90)) == 0;
+    if (!sm90 && std::strcmp(forced, backend_name(Backend::kSm80)) != 0) {
+      throw InvalidArgument(std::string("ATTNSIEVE_ATTEND_BACKEND: expected sm_80 or sm_90, got ") +
+                            forced);
+    }
+    if (sm90 && best != Backend::kSm90) {
+      throw Unsupported("attend: the sm_90 kernels need a GPU of compute capability 9.0");
+    }
+    best = sm90 ? Backend::kSm90 : Backend::kSm80;
+  }
+  require_supported("attend", best, problem.dtype, problem.head_dim);
+  return best;
 }
 
 int select_threads(int64_t num_k_blocks) {
@@ -20,3 +35,41 @@ int select_threads(int64_t num_k_blocks) {
 }
 
 }  // namespace attnsieve::cuda
+
+namespace attnsieve::sm90 {
+namespace {
+
+// The largest of the box heights that divides what lies together in memory.
+int piece_keys_of(const AttendProblem& problem, int tile_n) {
+  int piece = problem.is_indexed() ? problem.index.unit_keys() : tile_n;
+  while (problem.is_paged() && problem.paged.page_size % piece != 0) piece /= 2;
+  return std::min(piece, tile_n);
+}
+
+}  // namespace
+
+AttendPlan plan_attend(const AttendProblem& problem) {
+  AttendPlan plan;
+  const bool indexed = problem.is_indexed();
+  // Tiles of 64 keys are voted on by warpgroups that do not share them: their last tiles differ.
+  const bool narrow = problem.threshold.skip_block == kUnitKeys;
+  plan.voted = problem.threshold.enabled || narrow;
+  const bool half_rows = indexed && problem.index.block_q == kGroupRows;
+  plan.pack_heads = half_rows && !narrow && problem.index.heads_per_list > 1 &&
+                    problem.group_size() > 1;
+  plan.warpgroups = narrow || (half_rows && !plan.pack_heads) ? 1 : 2;
+  plan.tile_n = narrow || (plan.warpgroups == 1 && !plan.voted) ? 64 : 128;
+  plan.piece_keys = piece_keys_of(problem, plan.tile_n);
+  plan.interleaved = plan.piece_keys < 64 && problem.head_dim > 64;
+  plan.persistent = indexed && plan.warpgroups == 2;
+  return plan;
+}
+
+std::string AttendPlan::to_string() const {
+  return "rows " + std::to_string(warpgroups) + "x64" + (pack_heads ? " (heads packed)" : "") +
+         ", keys " + std::to_string(tile_n) + " in pieces of " + std::to_string(piece_keys) +
+         (interleaved ? " (interleaved)" : "") + (voted ? ", voted" : "") +
+         (persistent ? ", persistent" : "");
+}
+
+}  // namespace attnsieve::sm90

@@ -1,6 +1,8 @@
 // Choices the host makes before a launch, as pure functions of the problem: testable without a GPU.
 #pragma once
 
+#include <string>
+
 #include "attnsieve/capability.h"
 #include "attnsieve/problem.h"
 
@@ -8,13 +10,35 @@ namespace attnsieve::cuda {
 
 struct DeviceInfo {
   int compute_capability = 0;  // 80, 86, 90 ...
+  int num_sms = 0;
 };
 
 // The kernel family that runs `attend` on a device: the newest compiled one that serves the
-// problem.
-Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& device);
+// problem. `forced` names a family instead (backend_name), for tests and comparisons; it throws
+// where that family cannot run. nullptr or "": no wish.
+Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& device,
+                              const char* forced = nullptr);
 
 // Threads of a row-selection CTA: enough to cover the row, at most 256.
 int select_threads(int64_t num_k_blocks);
 
 }  // namespace attnsieve::cuda
+
+namespace attnsieve::sm90 {
+
+// How the sm_90 attend kernel is set up for a problem.
+struct AttendPlan {
+  int warpgroups = 0;  // of 64 query rows each
+  int tile_n = 0;      // keys of a tile
+  int piece_keys = 0;  // keys of one bulk copy; a tile is composed of them
+  bool voted = false;  // the kernel with tile votes
+  bool interleaved = false;  // shared-memory layout that composes tiles of pieces below 64 keys
+  bool pack_heads = false;   // the warpgroups work on heads of one KV group instead of on rows
+  bool persistent = false;   // as many CTAs as fit the device instead of one per work item
+
+  std::string to_string() const;
+};
+
+AttendPlan plan_attend(const AttendProblem& problem);
+
+}  // namespace attnsieve::sm90

@@ -3,6 +3,7 @@
 
 #include "attnsieve/problem.h"
 #include "cuda/dispatch/kernel_table.h"
+#include "cuda/sm90/attend/arguments.h"
 
 namespace cutlass {
 struct half_t;
@@ -27,3 +28,13 @@ void launch_select_blocks(const SelectProblem& problem, int threads, void* strea
 std::vector<KernelEntry> select_blocks_entries();
 
 }  // namespace attnsieve::sm80
+
+namespace attnsieve::sm90 {
+
+template <class Element, int kHeadDim, bool kInterleaved, bool kList>
+void launch_attend(const AttendArguments& arguments, const AttendPlan& plan, int num_sms,
+                   void* stream);
+template <class Element, int kHeadDim, bool kInterleaved, bool kList>
+std::vector<KernelEntry> attend_entries();
+
+}  // namespace attnsieve::sm90

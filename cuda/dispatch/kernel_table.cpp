@@ -13,6 +13,16 @@ void append(std::vector<KernelEntry>& table, const std::string& prefix,
   }
 }
 
+template <class Element, int kHeadDim>
+void append_sm90(std::vector<KernelEntry>& table, const std::string& prefix) {
+  append(table, prefix + " dense", sm90::attend_entries<Element, kHeadDim, false, false>());
+  append(table, prefix + " list", sm90::attend_entries<Element, kHeadDim, false, true>());
+  if constexpr (kHeadDim > 64) {
+    append(table, prefix + " dense pieces", sm90::attend_entries<Element, kHeadDim, true, false>());
+    append(table, prefix + " list pieces", sm90::attend_entries<Element, kHeadDim, true, true>());
+  }
+}
+
 }  // namespace
 
 std::vector<KernelEntry> kernel_table() {
@@ -24,6 +34,14 @@ std::vector<KernelEntry> kernel_table() {
 #if ATTNSIEVE_HEAD_DIM_128
   append(table, "attend sm_80 bfloat16 hd128", sm80::attend_entries<cute::bfloat16_t, 128>());
   append(table, "attend sm_80 float16 hd128", sm80::attend_entries<cute::half_t, 128>());
+#endif
+#if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_64
+  append_sm90<cute::bfloat16_t, 64>(table, "attend sm_90 bfloat16 hd64");
+  append_sm90<cute::half_t, 64>(table, "attend sm_90 float16 hd64");
+#endif
+#if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_128
+  append_sm90<cute::bfloat16_t, 128>(table, "attend sm_90 bfloat16 hd128");
+  append_sm90<cute::half_t, 128>(table, "attend sm_90 float16 hd128");
 #endif
   append(table, "merge_states sm_80", sm80::merge_states_entries());
   append(table, "select_blocks sm_80", sm80::select_blocks_entries());

@@ -10,8 +10,8 @@
 
 namespace attnsieve {
 
-// Finest key granularity at which every backend walks a list, applies masks and updates the online
-// softmax.
+// Keys of a full unit. A list is walked, trimmed to what is visible and cut into tiles in units of
+// min(block_k, kUnitKeys) consecutive keys.
 inline constexpr int kUnitKeys = 64;
 // Query rows that share one threshold decision.
 inline constexpr int kGroupRows = 64;
@@ -27,8 +27,10 @@ struct BlockIndexView {
   int32_t num_rows = 0;              // nQ; rows of q beyond it attend to nothing
   int32_t capacity = 0;
   int32_t heads_per_list = 1;        // query head h reads list h / heads_per_list
-  int32_t block_q = 64;
-  int32_t block_k = 64;
+  int32_t block_q = 64;              // 64 or 128
+  int32_t block_k = 64;              // 16, 32, 64 or 128
+
+  constexpr int32_t unit_keys() const { return block_k < kUnitKeys ? block_k : kUnitKeys; }
 };
 
 }  // namespace attnsieve

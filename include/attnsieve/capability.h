@@ -11,10 +11,15 @@
 
 namespace attnsieve {
 
-enum class Backend { kCpu, kSm80 };
+enum class Backend { kCpu, kSm80, kSm90 };
 
 inline const char* backend_name(Backend backend) {
-  return backend == Backend::kCpu ? "cpu" : "sm_80";
+  switch (backend) {
+    case Backend::kCpu: return "cpu";
+    case Backend::kSm80: return "sm_80";
+    case Backend::kSm90: return "sm_90";
+  }
+  return "unknown";
 }
 
 struct Capability {
@@ -48,8 +53,8 @@ struct Capability {
 
 inline const std::vector<Capability>& capabilities() {
   static const char* const kAttendFeatures =
-      "dense, BlockIndex (block_q, block_k in {64, 128}), causal, window, GQA, varlen, strides, "
-      "lse, sink, threshold";
+      "dense, BlockIndex (block_q in {64, 128}, block_k in {16, 32, 64, 128}), causal, window, GQA, "
+      "varlen, paged, strides, lse, sink, threshold";
   static const char* const kSelectFeatures =
       "top-k, fraction, top-p; sink, local and diagonal blocks; causal, window";
   static const std::vector<Capability> table = {
@@ -61,6 +66,12 @@ inline const std::vector<Capability>& capabilities() {
        kAttendFeatures},
       {"attend",
        Backend::kSm80,
+       {DType::kFloat16, DType::kBFloat16},
+       {64, 128},
+       128,
+       kAttendFeatures},
+      {"attend",
+       Backend::kSm90,
        {DType::kFloat16, DType::kBFloat16},
        {64, 128},
        128,

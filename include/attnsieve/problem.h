@@ -23,6 +23,20 @@ struct Varlen {
   const int32_t* cu_seqlens_k = nullptr;
 };
 
+// K and V in pages of a cache [num_pages, page_size, Hkv, D]: page p of k is k.data + p *
+// k.stride_batch. Key j of sequence b is row j % page_size of page block_table[b, j / page_size].
+// A table entry outside [0, num_pages) is never followed: its keys count as masked.
+struct PagedKv {
+  const int32_t* block_table = nullptr;  // [B, max_pages]; nullptr: K and V are not paged
+  const int32_t* seq_lens = nullptr;     // [B]: keys of each sequence, clamped to the capacity
+  int64_t table_stride_batch = 0;
+  int64_t num_pages = 0;
+  int32_t page_size = 0;                 // a multiple of 16
+  int32_t max_pages = 0;
+
+  int64_t capacity() const { return static_cast<int64_t>(max_pages) * page_size; }
+};
+
 // Threshold skipping. Off when `enabled` is false; otherwise lambda is `per_head[b * stride_batch +
 // h * stride_head]` or, where per_head is nullptr, `value`.
 struct Threshold {
@@ -44,17 +58,19 @@ struct AttendProblem {
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;
   int64_t seqlen_q = 0;  // varlen: all query tokens of the batch
-  int64_t seqlen_k = 0;  // varlen: all key tokens of the batch
+  int64_t seqlen_k = 0;  // varlen: all key tokens of the batch; paged: keys a table row can hold
   int64_t head_dim = 0;
   DType dtype = DType::kFloat32;
   float softmax_scale = 0.0f;
   Mask mask;
-  Varlen varlen;
+  Varlen varlen;  // paged: cu_seqlens_k is nullptr
+  PagedKv paged;
   BlockIndexView index;
   Threshold threshold;
   const float* sink = nullptr;  // float32 [Hq]: one more logit per row that has no value vector
 
   bool is_varlen() const { return varlen.cu_seqlens_q != nullptr; }
+  bool is_paged() const { return paged.block_table != nullptr; }
   bool is_indexed() const { return index.counts != nullptr; }
   int64_t group_size() const { return num_heads / num_kv_heads; }
 };

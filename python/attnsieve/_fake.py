@@ -29,6 +29,8 @@ def _attend(
     block_k: int,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
     sink: Tensor | None,
     threshold: float | None,
     threshold_per_head: Tensor | None,

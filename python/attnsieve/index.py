@@ -23,8 +23,9 @@ class BlockIndex:
         counts: int32 ``[B, Hidx, nQ]``; how many entries of the row are read.
         columns: int32 ``[B, Hidx, nQ, capacity]``; KV block ids. Entries past ``counts`` are never
             read; the constructors of this class fill them with -1.
-        block_q: query rows per row of the index. ``nQ = ceil(seqlen_q / block_q)``.
-        block_k: keys per block id. The last block may be ragged.
+        block_q: query rows per row of the index. ``nQ = ceil(seqlen_q / block_q)``. Attention
+            takes 64 and 128.
+        block_k: keys per block id. The last block may be ragged. Attention takes 16, 32, 64, 128.
 
     ``Hidx`` is Hq, Hkv or 1: query head ``h`` reads list ``h // (Hq // Hidx)``. Rows are
     intersected with the causal or window mask of the call that uses the index.

@@ -11,6 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnsieve._arguments import (
+    Window,
+    call_op,
+    check_values,
+    default_scale,
+    lambda_arguments,
+    window_sides,
+)
 from attnsieve.index import BlockIndex
 
 __all__ = [
@@ -22,51 +30,8 @@ __all__ = [
     "threshold_attention",
 ]
 
-Window = tuple[int, int]
-
-_UNSUPPORTED = "attnsieve unsupported: "  # status.h, Unsupported::kPrefix
 _DEFAULT_BLOCK = 64
 _SKIP_BLOCK = 128
-
-
-def _call(op, *args):
-    """Calls a torch op; a refusal of the library becomes NotImplementedError.
-
-    The ops have no backward yet. Refusing here, instead of registering one that raises, keeps a
-    Python autograd layer (about 10 us a call) out of every forward.
-    """
-    if torch.is_grad_enabled():
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.requires_grad:
-                raise NotImplementedError(
-                    f"{op} has no backward yet: call it under torch.no_grad() or detach its inputs"
-                )
-    try:
-        return op(*args)
-    except RuntimeError as error:
-        text = str(error)
-        if _UNSUPPORTED not in text:
-            raise
-        message = text[text.index(_UNSUPPORTED) + len(_UNSUPPORTED) :].split("\nException raised")[
-            0
-        ]
-        raise NotImplementedError(message) from None
-
-
-def _sides(window: Window | None) -> Window:
-    if window is None:
-        return -1, -1
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise ValueError(f"window: expected a pair (left, right) or None, got {window!r}")
-    return window[0], window[1]
-
-
-def _default_scale(q: Tensor, softmax_scale: float | None) -> float:
-    if softmax_scale is not None:
-        return softmax_scale
-    if q.shape[-1] == 0:
-        raise ValueError("q: head_dim must be positive")
-    return q.shape[-1] ** -0.5
 
 
 def _attend(
@@ -83,6 +48,8 @@ def _attend(
     sink: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
     validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -91,10 +58,10 @@ def _attend(
     if index is not None and not isinstance(index, BlockIndex):
         raise TypeError(f"index: expected a BlockIndex or None, got {type(index).__name__}")
     if validate:
-        _validate(q, k, index, cu_seqlens_q, cu_seqlens_k)
-    scale = _default_scale(q, softmax_scale)
-    left, right = _sides(window)
-    return _call(
+        check_values(q, k, index, cu_seqlens_q, cu_seqlens_k, block_table, seq_lens)
+    scale = default_scale(q, softmax_scale)
+    left, right = window_sides(window)
+    return call_op(
         torch.ops.attnsieve.attend.default,
         q,
         k,
@@ -105,6 +72,8 @@ def _attend(
         _DEFAULT_BLOCK if index is None else index.block_k,
         cu_seqlens_q,
         cu_seqlens_k,
+        block_table,
+        seq_lens,
         sink,
         threshold,
         threshold_per_head,
@@ -114,30 +83,6 @@ def _attend(
         left,
         right,
     )
-
-
-def _validate(
-    q: Tensor,
-    k: Tensor,
-    index: BlockIndex | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> None:
-    longest_k = k.shape[-2]
-    for name, offsets, total in (
-        ("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
-        ("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
-    ):
-        if offsets is None:
-            continue
-        values = offsets.tolist()
-        lengths = [end - begin for begin, end in zip(values, values[1:], strict=False)]
-        if values[0] != 0 or values[-1] != total or min(lengths, default=0) < 0:
-            raise ValueError(f"{name}: expected ascending offsets from 0 to {total}, got {values}")
-        if name == "cu_seqlens_k":
-            longest_k = max(lengths, default=0)
-    if index is not None:
-        index.validate(-(-longest_k // index.block_k))
 
 
 def block_sparse_attention(
@@ -152,6 +97,8 @@ def block_sparse_attention(
     sink: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
     validate: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -163,9 +110,11 @@ def block_sparse_attention(
         q: ``[B, Hq, Sq, D]``, or ``[Tq, Hq, D]`` with ``cu_seqlens``. float16 or bfloat16; float32
             on CPU too. Any strides with a contiguous last dimension and 16-byte aligned rows, so
             ``[B, S, H, D]`` data is passed as ``.transpose(1, 2)`` without a copy.
-        k, v: ``[B, Hkv, Sk, D]`` or ``[Tk, Hkv, D]``, dtype and device of q.
-        index: which KV blocks each q-block attends to; block sizes 64 and 128 in any combination.
-            Its list heads are Hq, Hkv or 1. Rows are intersected with the masks below.
+        k, v: ``[B, Hkv, Sk, D]`` or ``[Tk, Hkv, D]``, dtype and device of q; with ``block_table``
+            a cache of pages ``[num_pages, page_size, Hkv, D]``, ``page_size`` a multiple of 16.
+        index: which KV blocks each q-block attends to; ``block_q`` 64 or 128 with ``block_k`` 16,
+            32, 64 or 128. Its list heads are Hq, Hkv or 1. Rows are intersected with the masks
+            below.
         causal: query row i sees keys ``j <= i + Sk - Sq`` (bottom-right).
         window: ``(left, right)`` keys around the same diagonal, -1 for no limit. With ``causal``
             the right side is 0.
@@ -175,7 +124,15 @@ def block_sparse_attention(
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]`` token offsets of packed sequences, ascending
             from 0 to the number of tokens. ``index`` then counts q-blocks from each sequence's
             start; rows past the index attend to nothing.
-        validate: check ``index`` and ``cu_seqlens`` on the host first (synchronises).
+        block_table: int32 ``[B, max_pages]``, the pages of each sequence (as in vLLM): key j of
+            sequence b is row ``j % page_size`` of page ``block_table[b, j // page_size]``. With q
+            varlen give ``cu_seqlens_q`` alone. Keys behind an entry outside ``[0, num_pages)`` are
+            masked; entries past the sequence are never read. ``index`` counts KV blocks in key
+            positions, nK = ceil(max_pages * page_size / block_k).
+        seq_lens: int32 ``[B]``, keys of each sequence, clamped to ``[0, max_pages * page_size]``;
+            Sk of the masks above. Given with ``block_table``.
+        validate: check ``index``, ``cu_seqlens``, ``block_table`` and ``seq_lens`` on the host
+            first (synchronises).
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -202,6 +159,8 @@ def block_sparse_attention(
         sink,
         cu_seqlens_q,
         cu_seqlens_k,
+        block_table,
+        seq_lens,
         validate,
     )
     return (out, lse) if return_lse else out
@@ -221,6 +180,8 @@ def threshold_attention(
     sink: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
     validate: bool = False,
     return_lse: bool = False,
     return_counters: bool = False,
@@ -229,8 +190,12 @@ def threshold_attention(
 
     A tile of ``skip_block`` keys is skipped for a group of 64 query rows of one head iff for every
     row ``m_tile - m_run < ln(threshold)``: scaled, masked logits, ``m_run`` the running maximum
-    before the tile. The tile that holds the group's last visible key is visited first and never
-    skipped, the others follow in ascending order. The result is renormalised over the kept tiles.
+    before the tile. The first visited tile is never skipped. Without an index tiles are aligned in
+    key position and the one with the group's last visible key comes first, then the others
+    ascending. With one, the keys that a row of the index keeps, in list order and as far as any of
+    its ``block_q`` query rows sees them, are cut from the start; the last tile, which takes the
+    remainder, comes first, then the others ascending, each group leaving out tiles it sees nothing
+    of. The result is renormalised over the kept tiles.
 
     Args:
         threshold: lambda, final (not a scale factor): a float >= 0, a float32 tensor ``[B]`` or
@@ -243,22 +208,7 @@ def threshold_attention(
     Other arguments, returns and errors as :func:`block_sparse_attention`. Return order:
     ``out[, lse][, counters]``.
     """
-    value: float | None = None
-    per_head: Tensor | None = None
-    if isinstance(threshold, Tensor):
-        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != batch):
-            raise ValueError(
-                f"threshold: expected a float or a tensor of shape [] or [{batch}] (batch), "
-                f"got shape {list(threshold.shape)}"
-            )
-        per_head = threshold.reshape(-1, 1).expand(batch, q.shape[1])
-    elif isinstance(threshold, int | float):
-        value = float(threshold)
-    elif threshold is not None:
-        raise TypeError(
-            f"threshold: expected a float, a tensor or None, got {type(threshold).__name__}"
-        )
+    value, per_head = lambda_arguments(threshold, q, cu_seqlens_q)
     if return_counters and threshold is None:
         raise ValueError("return_counters: there are no counters when threshold is None")
     out, lse, counters = _attend(
@@ -275,6 +225,8 @@ def threshold_attention(
         sink,
         cu_seqlens_q,
         cu_seqlens_k,
+        block_table,
+        seq_lens,
         validate,
     )
     results = (out,) + ((lse,) if return_lse else ()) + ((counters,) if return_counters else ())
@@ -301,7 +253,7 @@ def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tu
         outs = torch.stack(outs)
     if isinstance(lses, list | tuple):
         lses = torch.stack(lses)
-    return _call(torch.ops.attnsieve.merge_states.default, outs, lses)
+    return call_op(torch.ops.attnsieve.merge_states.default, outs, lses)
 
 
 def _pool(x: Tensor, block: int) -> Tensor:
@@ -345,7 +297,7 @@ def pooled_block_scores(
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"q: {q.shape[1]} heads are no multiple of k's {k.shape[1]}")
-    scale = _default_scale(q, softmax_scale)
+    scale = default_scale(q, softmax_scale)
     pooled_q, pooled_k = _pool(q, block_q), _pool(k, block_k)
     grouped = pooled_q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * nQ, D]
     scores = torch.matmul(grouped, pooled_k.transpose(2, 3)) * scale
@@ -392,8 +344,8 @@ def select_from_scores(
     Raises:
         ValueError: malformed argument, named in the text; not exactly one rule.
     """
-    left, right = _sides(window)
-    counts, columns = _call(
+    left, right = window_sides(window)
+    counts, columns = call_op(
         torch.ops.attnsieve.select_blocks.default,
         scores,
         seqlen_q,

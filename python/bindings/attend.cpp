@@ -8,61 +8,145 @@
 namespace attnsieve::binding {
 namespace {
 
-// Dimension numbers of q, k, v in the batched [B, H, S, D] and the varlen [T, H, D] layout.
+// How the tensors are laid out. Any kind of q goes with pages; without them k and v follow q.
+struct Layout {
+  bool varlen;  // q [tokens, heads, head_dim], not [batch, heads, seqlen, head_dim]
+  bool paged;   // k, v [pages, page_size, heads, head_dim]
+};
+
+// Dimension numbers; what comes before them is the batch or the page.
 struct Dims {
   int64_t head;
   int64_t row;
   int64_t last;
 };
 
-Dims dims_of(bool varlen) { return varlen ? Dims{1, 0, 2} : Dims{1, 2, 3}; }
+constexpr Dims kBatched{1, 2, 3};
+constexpr Dims kVarlen{1, 0, 2};
+constexpr Dims kPaged{2, 1, 3};
 
-HeadTensor head_tensor(const Tensor& tensor, bool varlen) {
-  const Dims dims = dims_of(varlen);
-  return {const_cast<void*>(tensor.const_data_ptr()), varlen ? 0 : tensor.stride(0),
+Dims q_dims(Layout layout) { return layout.varlen ? kVarlen : kBatched; }
+Dims k_dims(Layout layout) { return layout.paged ? kPaged : q_dims(layout); }
+
+HeadTensor head_tensor(const Tensor& tensor, const Dims& dims) {
+  const bool has_batch = tensor.dim() == 4;
+  return {const_cast<void*>(tensor.const_data_ptr()), has_batch ? tensor.stride(0) : 0,
           tensor.stride(dims.head), tensor.stride(dims.row)};
 }
 
-void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool varlen) {
-  const char* layout = varlen ? "[tokens, heads, head_dim]" : "[batch, heads, seqlen, head_dim]";
-  const int64_t rank = varlen ? 3 : 4;
-  check_dim("q", q, rank, layout);
-  check_dim("k", k, rank, layout);
-  check_dim("v", v, rank, layout);
-  const Dims dims = dims_of(varlen);
+void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, Layout layout) {
+  const char* const kTokens = "[tokens, heads, head_dim]";
+  const char* const kBatch = "[batch, heads, seqlen, head_dim]";
+  const char* q_shape = layout.varlen ? kTokens : kBatch;
+  const char* k_shape = layout.paged ? "[pages, page_size, kv heads, head_dim]" : q_shape;
+  const Dims of_q = q_dims(layout);
+  const Dims of_k = k_dims(layout);
+  check_dim("q", q, layout.varlen ? 3 : 4, q_shape);
+  check_dim("k", k, layout.paged || !layout.varlen ? 4 : 3, k_shape);
+  check_dim("v", v, k.dim(), k_shape);
   for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
     check_same_device(name, tensor, q);
     check_dtype(name, tensor, q.scalar_type());
-    check_size(name, tensor, dims.last, q.size(dims.last), "head_dim of q");
-    if (!varlen) check_size(name, tensor, 0, q.size(0), "batch of q");
-    check_size(name, tensor, dims.head, k.size(dims.head), "heads of k");
-    check_size(name, tensor, dims.row, k.size(dims.row), "length of k");
+    check_size(name, tensor, of_k.last, q.size(of_q.last), "head_dim of q");
+    if (layout.paged) {
+      check_size(name, tensor, 0, k.size(0), "pages of k");
+    } else if (!layout.varlen) {
+      check_size(name, tensor, 0, q.size(0), "batch of q");
+    }
+    check_size(name, tensor, of_k.head, k.size(of_k.head), "heads of k");
+    check_size(name, tensor, of_k.row, k.size(of_k.row),
+               layout.paged ? "page_size of k" : "length of k");
   }
-  if (k.size(dims.head) == 0) invalid("k", "needs at least one head, got shape ", shape_of(k));
-  if (q.size(dims.head) == 0 || q.size(dims.head) % k.size(dims.head) != 0) {
-    invalid("q", "the number of heads must be a positive multiple of k's ", k.size(dims.head),
-            ", got ", q.size(dims.head));
+  const int64_t num_heads = q.size(of_q.head);
+  const int64_t num_kv_heads = k.size(of_k.head);
+  if (num_kv_heads == 0) invalid("k", "needs at least one head, got shape ", shape_of(k));
+  if (num_heads == 0 || num_heads % num_kv_heads != 0) {
+    invalid("q", "the number of heads must be a positive multiple of k's ", num_kv_heads, ", got ",
+            num_heads);
   }
 }
 
-int64_t varlen_batch(const Tensor& q, const std::optional<Tensor>& cu_seqlens_q,
-                     const std::optional<Tensor>& cu_seqlens_k) {
-  if (!cu_seqlens_q || !cu_seqlens_k) {
+void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, const Tensor& q) {
+  check_dim(name, cu_seqlens, 1, "[batch + 1]");
+  check_dtype(name, cu_seqlens, ScalarType::Int);
+  check_same_device(name, cu_seqlens, q);
+  check_last_contiguous(name, cu_seqlens);
+  if (cu_seqlens.size(0) < 1)
+    invalid(name, "expected [batch + 1] offsets, got shape ", shape_of(cu_seqlens));
+}
+
+Layout layout_of(const Tensor& q, const std::optional<Tensor>& cu_seqlens_q,
+                 const std::optional<Tensor>& cu_seqlens_k,
+                 const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens) {
+  if (block_table.has_value() != seq_lens.has_value()) {
+    invalid(block_table ? "seq_lens" : "block_table",
+            "block_table and seq_lens must be given together, or neither");
+  }
+  const Layout layout{cu_seqlens_q.has_value() || cu_seqlens_k.has_value(),
+                      block_table.has_value()};
+  if (layout.paged && cu_seqlens_k) {
+    invalid("cu_seqlens_k", "must be absent where K and V are paged: seq_lens says their lengths");
+  }
+  if (layout.varlen && !layout.paged && (!cu_seqlens_q || !cu_seqlens_k)) {
     invalid(cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q",
             "both cu_seqlens must be given, or neither");
   }
+  if (cu_seqlens_q) check_cu_seqlens("cu_seqlens_q", *cu_seqlens_q, q);
+  if (cu_seqlens_k) {
+    check_cu_seqlens("cu_seqlens_k", *cu_seqlens_k, q);
+    check_size("cu_seqlens_k", *cu_seqlens_k, 0, cu_seqlens_q->size(0), "length of cu_seqlens_q");
+  }
+  return layout;
+}
+
+PagedKv paged_kv(const Tensor& q, const Tensor& k, int64_t batch, const Tensor& block_table,
+                 const Tensor& seq_lens) {
+  check_dim("block_table", block_table, 2, "[batch, max pages]");
+  check_dim("seq_lens", seq_lens, 1, "[batch]");
   for (const auto& [name, tensor] :
-       {std::pair<const char*, const Tensor&>{"cu_seqlens_q", *cu_seqlens_q},
-        {"cu_seqlens_k", *cu_seqlens_k}}) {
-    check_dim(name, tensor, 1, "[batch + 1]");
+       {std::pair<const char*, const Tensor&>{"block_table", block_table},
+        {"seq_lens", seq_lens}}) {
     check_dtype(name, tensor, ScalarType::Int);
     check_same_device(name, tensor, q);
     check_last_contiguous(name, tensor);
-    if (tensor.size(0) < 1)
-      invalid(name, "expected [batch + 1] offsets, got shape ", shape_of(tensor));
-    check_size(name, tensor, 0, cu_seqlens_q->size(0), "length of cu_seqlens_q");
+    check_size(name, tensor, 0, batch, "batch");
   }
-  return cu_seqlens_q->size(0) - 1;
+  constexpr int64_t kPageAlignment = 16;
+  const int64_t page_size = k.size(kPaged.row);
+  if (page_size == 0 || page_size % kPageAlignment != 0) {
+    invalid("k", "page_size (dimension 1) must be a positive multiple of ", kPageAlignment,
+            ", got shape ", shape_of(k));
+  }
+  const int64_t max_pages = block_table.size(1);
+  if (max_pages > INT32_MAX / page_size) {
+    invalid("block_table", "a row holds at most 2^31 - 1 keys, got ", max_pages, " pages of ",
+            page_size);
+  }
+  PagedKv paged;
+  paged.block_table = block_table.const_data_ptr<int32_t>();
+  paged.seq_lens = seq_lens.const_data_ptr<int32_t>();
+  paged.table_stride_batch = block_table.stride(0);
+  paged.num_pages = k.size(0);
+  paged.page_size = static_cast<int32_t>(page_size);
+  paged.max_pages = static_cast<int32_t>(max_pages);
+  return paged;
+}
+
+// The dispatcher chooses among the backends of a GPU; here it is enough that one of them serves the
+// call.
+void require_backend(const Tensor& q, const AttendProblem& problem) {
+  if (!q.is_cuda()) {
+    return require_supported("attend", Backend::kCpu, problem.dtype, problem.head_dim);
+  }
+  std::string supported;
+  for (const Capability& row : capabilities()) {
+    if (row.op != std::string("attend") || row.backend == Backend::kCpu) continue;
+    if (row.supports(problem.dtype, problem.head_dim)) return;
+    supported += (supported.empty() ? "" : "; ") + std::string(backend_name(row.backend)) + ": " +
+                 row.supported();
+  }
+  throw Unsupported("attend on CUDA got dtype " + std::string(dtype_name(problem.dtype)) +
+                    ", head_dim " + std::to_string(problem.head_dim) + "; supported: " + supported);
 }
 
 BlockIndexView block_index_view(const AttendProblem& problem, const Tensor& q,
@@ -71,7 +155,7 @@ BlockIndexView block_index_view(const AttendProblem& problem, const Tensor& q,
                                 int64_t block_k) {
   BlockIndexView view;
   view.block_q = check_block("block_q", block_q);
-  view.block_k = check_block("block_k", block_k);
+  view.block_k = check_block_k(block_k);
   if (counts.has_value() != columns.has_value()) {
     invalid(counts ? "columns" : "counts", "index counts and columns must be given together");
   }
@@ -134,23 +218,28 @@ std::tuple<Tensor, Tensor, Tensor> attend(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& counts,
     const std::optional<Tensor>& columns, int64_t block_q, int64_t block_k,
     const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
     const std::optional<Tensor>& sink, std::optional<double> threshold,
     const std::optional<Tensor>& threshold_per_head, int64_t skip_block, double softmax_scale,
     bool causal, int64_t window_left, int64_t window_right) {
-  const bool varlen = cu_seqlens_q.has_value() || cu_seqlens_k.has_value();
-  const int64_t varlen_sequences = varlen ? varlen_batch(q, cu_seqlens_q, cu_seqlens_k) : 0;
-  check_qkv(q, k, v, varlen);
-  const Dims dims = dims_of(varlen);
+  const Layout layout = layout_of(q, cu_seqlens_q, cu_seqlens_k, block_table, seq_lens);
+  check_qkv(q, k, v, layout);
+  const Dims of_q = q_dims(layout);
+  const Dims of_k = k_dims(layout);
+  const bool varlen = layout.varlen;
   AttendProblem problem;
-  problem.batch = varlen ? varlen_sequences : q.size(0);
-  problem.num_heads = q.size(dims.head);
-  problem.num_kv_heads = k.size(dims.head);
-  problem.seqlen_q = q.size(dims.row);
-  problem.seqlen_k = k.size(dims.row);
-  problem.head_dim = q.size(dims.last);
+  problem.batch = varlen ? cu_seqlens_q->size(0) - 1 : q.size(0);
+  problem.num_heads = q.size(of_q.head);
+  problem.num_kv_heads = k.size(of_k.head);
+  problem.seqlen_q = q.size(of_q.row);
+  problem.seqlen_k = k.size(of_k.row);
+  if (layout.paged) {
+    problem.paged = paged_kv(q, k, problem.batch, *block_table, *seq_lens);
+    problem.seqlen_k = problem.paged.capacity();
+  }
+  problem.head_dim = q.size(of_q.last);
   problem.dtype = element_dtype("q", q);
-  require_supported("attend", q.is_cuda() ? Backend::kSm80 : Backend::kCpu, problem.dtype,
-                    problem.head_dim);
+  require_backend(q, problem);
   check_aligned_rows("q", q);
   check_aligned_rows("k", k);
   check_aligned_rows("v", v);
@@ -159,10 +248,8 @@ std::tuple<Tensor, Tensor, Tensor> attend(
   if (!(problem.softmax_scale > 0.0f) || std::isinf(problem.softmax_scale)) {
     invalid("softmax_scale", "expected a positive finite number, got ", softmax_scale);
   }
-  if (varlen) {
-    problem.varlen = {cu_seqlens_q->const_data_ptr<int32_t>(),
-                      cu_seqlens_k->const_data_ptr<int32_t>()};
-  }
+  if (cu_seqlens_q) problem.varlen.cu_seqlens_q = cu_seqlens_q->const_data_ptr<int32_t>();
+  if (cu_seqlens_k) problem.varlen.cu_seqlens_k = cu_seqlens_k->const_data_ptr<int32_t>();
   problem.index = block_index_view(problem, q, counts, columns, block_q, block_k);
   if (sink) {
     check_dim("sink", *sink, 1, "[query heads]");
@@ -198,10 +285,10 @@ std::tuple<Tensor, Tensor, Tensor> attend(
   const Tensor counters = problem.threshold.enabled ? empty({problem.batch, problem.num_heads, 2},
                                                             aoti_torch_dtype_int64(), q)
                                                     : empty({0}, aoti_torch_dtype_int64(), q);
-  problem.q = head_tensor(q, varlen);
-  problem.k = head_tensor(k, varlen);
-  problem.v = head_tensor(v, varlen);
-  problem.out = head_tensor(out, varlen);
+  problem.q = head_tensor(q, of_q);
+  problem.k = head_tensor(k, of_k);
+  problem.v = head_tensor(v, of_k);
+  problem.out = head_tensor(out, of_q);
   problem.lse = row_tensor(lse, varlen);
   if (problem.threshold.enabled) problem.threshold.counters = counters.mutable_data_ptr<int64_t>();
   run<AttendProblem>(q, problem, cpu::attend, cuda::attend);

@@ -110,8 +110,16 @@ inline Mask make_mask(bool causal, int64_t window_left, int64_t window_right) {
   return {causal, window_left, window_right};
 }
 
+// block_q and skip_block.
 inline int32_t check_block(const char* argument, int64_t block) {
   if (block != 64 && block != 128) invalid(argument, "expected 64 or 128, got ", block);
+  return static_cast<int32_t>(block);
+}
+
+inline int32_t check_block_k(int64_t block) {
+  if (block != 16 && block != 32 && block != 64 && block != 128) {
+    invalid("block_k", "expected 16, 32, 64 or 128, got ", block);
+  }
   return static_cast<int32_t>(block);
 }
 

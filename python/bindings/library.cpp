@@ -5,10 +5,9 @@
 
 STABLE_TORCH_LIBRARY(attnsieve, m) {
   m.def(
-      "attend(Tensor q, Tensor k, Tensor v, Tensor? counts, Tensor? columns, int block_q, int "
-      "block_k, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? sink, float? threshold, Tensor? "
-      "threshold_per_head, "
+      "attend(Tensor q, Tensor k, Tensor v, Tensor? counts, Tensor? columns, int block_q, "
+      "int block_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, "
+      "Tensor? seq_lens, Tensor? sink, float? threshold, Tensor? threshold_per_head, "
       "int skip_block, float softmax_scale, bool causal, int window_left, int window_right) "
       "-> (Tensor out, Tensor lse, Tensor counters)");
   m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");

@@ -14,6 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> attend(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& counts,
     const std::optional<Tensor>& columns, int64_t block_q, int64_t block_k,
     const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
     const std::optional<Tensor>& sink, std::optional<double> threshold,
     const std::optional<Tensor>& threshold_per_head, int64_t skip_block, double softmax_scale,
     bool causal, int64_t window_left, int64_t window_right);

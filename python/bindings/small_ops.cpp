@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& scores, int64_t seqlen_q,
   if (seqlen_q < 0) invalid("seqlen_q", "expected a number >= 0, got ", seqlen_q);
   if (seqlen_k < 0) invalid("seqlen_k", "expected a number >= 0, got ", seqlen_k);
   problem.block_q = check_block("block_q", block_q);
-  problem.block_k = check_block("block_k", block_k);
+  problem.block_k = check_block_k(block_k);
   problem.batch = scores.size(0);
   problem.num_heads = scores.size(1);
   problem.seqlen_q = seqlen_q;

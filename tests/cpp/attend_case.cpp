@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace attnsieve::test {
@@ -51,6 +52,62 @@ std::vector<int32_t> prefix_sums(const std::vector<int32_t>& lengths) {
   std::vector<int32_t> sums{0};
   for (int32_t length : lengths) sums.push_back(sums.back() + length);
   return sums;
+}
+
+// A pool with a spare page; tables deal its pages out at random and end in garbage.
+void make_pages(AttendData& data, std::mt19937& rng) {
+  const AttendCase& c = data.spec;
+  PagedKv& paged = data.problem.paged;
+  paged.page_size = c.page_size;
+  paged.max_pages = static_cast<int32_t>(c.seqlen_k / c.page_size);
+  paged.num_pages = c.batch * paged.max_pages + 1;
+  paged.table_stride_batch = paged.max_pages;
+  std::vector<int32_t> deck(paged.num_pages);
+  for (size_t i = 0; i < deck.size(); ++i) deck[i] = static_cast<int32_t>(i);
+  std::shuffle(deck.begin(), deck.end(), rng);
+  data.block_table.assign(deck.begin(), deck.end() - 1);
+  for (int64_t b = 0; b < c.batch; ++b) {
+    // The first one fills its last page in part; one of the others may claim more than there is.
+    data.seq_lens.push_back(b == 0 ? static_cast<int32_t>(c.seqlen_k - c.page_size + 1 + rng() % 16)
+                                   : static_cast<int32_t>(rng() % (c.seqlen_k + 40)));
+    for (int64_t slot = 0; slot < paged.max_pages; ++slot) {
+      int32_t& entry = data.block_table[b * paged.max_pages + slot];
+      const bool behind = slot * c.page_size >= data.seq_lens[b];
+      if (behind || (c.bad_pages && rng() % 4 == 0)) {
+        const int32_t bad[] = {-1, static_cast<int32_t>(paged.num_pages),
+                               std::numeric_limits<int32_t>::max(),
+                               std::numeric_limits<int32_t>::min()};
+        entry = bad[rng() % 4];
+      }
+    }
+  }
+  paged.block_table = data.block_table.data();
+  paged.seq_lens = data.seq_lens.data();
+}
+
+// Copies the logical rows that exist into their pages; everything else there stays NaN.
+void fill_pages(const AttendData& data, const TensorData& t, std::vector<uint8_t>& pages,
+                HeadTensor& view) {
+  const PagedKv& paged = data.problem.paged;
+  view.stride_head = t.head_dim;
+  view.stride_row = t.heads * t.head_dim;
+  view.stride_batch = paged.page_size * view.stride_row;
+  const int64_t size = cpu::element_size(data.spec.dtype);
+  pages.assign(paged.num_pages * view.stride_batch * size, 0xff);
+  view.data = pages.data();
+  for (int64_t b = 0; b < data.spec.batch; ++b) {
+    for (int64_t key = 0; key < std::min<int64_t>(data.seq_lens[b], t.rows); ++key) {
+      if (!data.key_exists(b, key)) continue;
+      const int64_t page = data.block_table[b * paged.max_pages + key / paged.page_size];
+      for (int64_t h = 0; h < t.heads; ++h) {
+        const int64_t from =
+            b * t.view.stride_batch + h * t.view.stride_head + key * t.view.stride_row;
+        const int64_t to = page * view.stride_batch + h * view.stride_head +
+                           key % paged.page_size * view.stride_row;
+        std::memcpy(pages.data() + to * size, t.storage.data() + from * size, t.head_dim * size);
+      }
+    }
+  }
 }
 
 void make_lists(AttendData& data, std::mt19937& rng) {
@@ -113,6 +170,8 @@ std::string AttendCase::describe() const {
   if (threshold) text += " threshold " + std::to_string(*threshold);
   text += " skip" + std::to_string(skip_block);
   if (!lengths_q.empty()) text += " varlen";
+  if (page_size > 0) text += " page" + std::to_string(page_size);
+  if (bad_pages) text += " bad pages";
   if (strided) text += " strided";
   return text + " seed " + std::to_string(seed);
 }
@@ -125,6 +184,9 @@ AttendData::AttendData(const AttendCase& c) : spec(c) {
     spec.batch = static_cast<int64_t>(c.lengths_q.size());
     spec.seqlen_q = cu_q.back();
     spec.seqlen_k = cu_k.back();
+  }
+  if (spec.page_size > 0) {
+    spec.seqlen_k = (spec.seqlen_k + spec.page_size - 1) / spec.page_size * spec.page_size;
   }
   const int64_t tensors = varlen ? 1 : spec.batch;
   make_tensor(q, spec, tensors, spec.num_heads, spec.seqlen_q);
@@ -164,6 +226,7 @@ AttendData::AttendData(const AttendCase& c) : spec(c) {
         problem.out.stride_batch = 0;
     problem.lse.stride_batch = 0;
   }
+  if (spec.page_size > 0) make_pages(*this, rng);
   if (spec.indexed) make_lists(*this, rng);
   if (spec.sink) problem.sink = sink.data();
   problem.threshold.skip_block = spec.skip_block;
@@ -195,7 +258,18 @@ void AttendData::download(TensorData& t) {
   });
 }
 
+bool AttendData::key_exists(int64_t b, int64_t key) const {
+  const PagedKv& paged = problem.paged;
+  if (paged.page_size == 0) return true;
+  const int64_t page = block_table[b * paged.max_pages + key / paged.page_size];
+  return page >= 0 && page < paged.num_pages;
+}
+
 void AttendData::run(const cpu::Kernels& kernels, const ParallelFor& parallel_for) {
+  if (spec.page_size > 0) {
+    fill_pages(*this, k, pages_k, problem.k);
+    fill_pages(*this, v, pages_v, problem.v);
+  }
   std::fill(out.storage.begin(), out.storage.end(), uint8_t{0xff});
   std::fill(lse.begin(), lse.end(), -12345.0f);
   cpu::attend(problem, parallel_for, kernels);

@@ -27,7 +27,9 @@ struct AttendCase {
   std::optional<float> threshold;
   int skip_block = 128;
   std::vector<int32_t> lengths_q, lengths_k;  // not empty: varlen, batch = their number
-  bool strided = false;             // [B, S, H, D] storage with padding
+  int page_size = 0;  // not 0: K and V in shuffled pages, each sequence its own length
+  bool bad_pages = false;  // some table entries name no page
+  bool strided = false;  // [B, S, H, D] storage with padding
   float logit_scale = 1.0f;
   uint32_t seed = 1;
 
@@ -37,7 +39,7 @@ struct AttendCase {
 // One tensor: its values as the kernel sees them (after rounding to dtype) and the storage in
 // dtype.
 struct TensorData {
-  std::vector<float> values;        // [batch or 1][heads][rows][head_dim]
+  std::vector<float> values;  // [batch or 1][heads][rows][head_dim]
   std::vector<uint8_t> storage;
   int64_t heads = 0, rows = 0, head_dim = 0;
   HeadTensor view;
@@ -53,17 +55,19 @@ struct AttendData {
   AttendCase spec;
   TensorData q, k, v, out;
   std::vector<float> lse, sink, lambda;
-  std::vector<int32_t> counts, columns, cu_q, cu_k;
+  std::vector<int32_t> counts, columns, cu_q, cu_k, block_table, seq_lens;
+  std::vector<uint8_t> pages_k, pages_v;  // paged: the storage that the kernel reads
   std::vector<int64_t> counters;
   AttendProblem problem;
 
-  void upload(TensorData& tensor);   // values -> storage (rounds the values too)
+  void upload(TensorData& tensor);  // values -> storage (rounds the values too)
   void download(TensorData& tensor);  // storage -> values
+  bool key_exists(int64_t b, int64_t key) const;  // false: its table entry names no page
   void run(const cpu::Kernels& kernels, const ParallelFor& parallel_for);
 };
 
 struct Expected {
-  std::vector<double> out, lse;      // laid out as AttendData::out.values and lse
+  std::vector<double> out, lse;  // laid out as AttendData::out.values and lse
   std::vector<bool> attended;  // [batch][num_kv_heads][rows of k]: keys that any row attended to
   std::vector<int64_t> counters;
   double smallest_margin =

@@ -23,6 +23,8 @@ class Reference {
     k0_ = varlen ? data_.cu_k[b] : 0;
     sq_ = varlen ? data_.cu_q[b + 1] - q0_ : spec_.seqlen_q;
     sk_ = varlen ? data_.cu_k[b + 1] - k0_ : spec_.seqlen_k;
+    if (spec_.page_size > 0) sk_ = std::clamp<int64_t>(data_.seq_lens[b], 0, spec_.seqlen_k);
+    unit_ = spec_.indexed ? std::min(spec_.block_k, 64) : 64;
     h_ = h;
     kv_ = h / (spec_.num_heads / spec_.num_kv_heads);
     row_begin_ = row_begin;
@@ -35,7 +37,7 @@ class Reference {
     int64_t* counters = expected_.counters.data() + (b * spec_.num_heads + h) * 2;
     counters[1] += static_cast<int64_t>(tiles.size());
     for (size_t i = 0; i < tiles.size(); ++i) {
-      const std::vector<int64_t>& tile = tiles[i == 0 ? tiles.size() - 1 : i - 1];
+      const std::vector<int64_t>& tile = tiles[i];
       if (i > 0 && spec_.threshold && skips(tile)) {
         ++counters[0];
       } else {
@@ -46,56 +48,82 @@ class Reference {
   }
 
  private:
-  bool sees(int64_t i, int64_t key) const {
-    const int64_t diagonal = row_begin_ + i + sk_ - sq_;
+  // Row `row` of the sequence stands where it can see the key, whether or not the key exists.
+  bool reaches(int64_t row, int64_t key) const {
+    const int64_t diagonal = row + sk_ - sq_;
     if (key >= sk_) return false;
     if (spec_.mask.causal && key > diagonal) return false;
     if (spec_.mask.window_left >= 0 && key < diagonal - spec_.mask.window_left) return false;
     return spec_.mask.window_right < 0 || key <= diagonal + spec_.mask.window_right;
   }
 
-  bool any_sees(int64_t unit) const {
-    for (int64_t key = unit * 64; key < unit * 64 + 64; ++key) {
-      for (int64_t i = 0; i < rows_; ++i) {
-        if (sees(i, key)) return true;
+  bool sees(int64_t i, int64_t key) const {
+    return reaches(row_begin_ + i, key) && data_.key_exists(b_, key);
+  }
+
+  bool any_reaches(int64_t row_begin, int64_t row_end, int64_t unit) const {
+    for (int64_t key = unit * unit_; key < (unit + 1) * unit_; ++key) {
+      for (int64_t row = row_begin; row < std::min(row_end, sq_); ++row) {
+        if (reaches(row, key)) return true;
       }
     }
     return false;
   }
 
+  // In visiting order.
   std::vector<std::vector<int64_t>> tiles_of(int64_t b) const {
     std::vector<std::vector<int64_t>> tiles;
-    const int64_t per_tile = spec_.skip_block / 64;
+    const int64_t per_tile = spec_.skip_block / unit_;
     if (!spec_.indexed) {
       for (int64_t t = 0; t * spec_.skip_block < sk_; ++t) {
-        std::vector<int64_t> tile;
-        for (int64_t u = t * per_tile; u < (t + 1) * per_tile; ++u) {
-          if (any_sees(u)) tile.push_back(u);
-        }
-        if (!tile.empty()) tiles.push_back(tile);
+        tiles.emplace_back();
+        for (int64_t u = t * per_tile; u < (t + 1) * per_tile; ++u) tiles.back().push_back(u);
       }
-      return tiles;
+    } else {
+      const std::vector<int64_t> units = listed_units(b);
+      for (size_t i = 0; i < units.size(); ++i) {
+        if (i % per_tile == 0) tiles.emplace_back();
+        tiles.back().push_back(units[i]);
+      }
     }
+    if (!spec_.indexed) {  // the group's own last tile goes first; over a list, the row's
+      drop_unseen(tiles);
+      if (!tiles.empty()) std::rotate(tiles.begin(), tiles.end() - 1, tiles.end());
+    } else if (!tiles.empty()) {
+      std::rotate(tiles.begin(), tiles.end() - 1, tiles.end());
+      drop_unseen(tiles);
+    }
+    return tiles;
+  }
+
+  void drop_unseen(std::vector<std::vector<int64_t>>& tiles) const {
+    const auto unseen = [&](const std::vector<int64_t>& tile) {
+      return std::none_of(tile.begin(), tile.end(), [&](int64_t unit) {
+        return any_reaches(row_begin_, row_begin_ + rows_, unit);
+      });
+    };
+    tiles.erase(std::remove_if(tiles.begin(), tiles.end(), unseen), tiles.end());
+  }
+
+  // Units of the index row's list that one of the row's block_q query rows reaches.
+  std::vector<int64_t> listed_units(int64_t b) const {
+    std::vector<int64_t> units;
     const BlockIndexView& index = data_.problem.index;
     const int64_t row = row_begin_ / spec_.block_q;
-    if (row >= index.num_rows) return tiles;
+    if (row >= index.num_rows) return units;
     const int64_t list = h_ / index.heads_per_list;
     const int64_t flat = (b * spec_.list_heads + list) * index.num_rows + row;
     const int64_t count =
         std::max<int64_t>(0, std::min<int64_t>(data_.counts[flat], index.capacity));
-    std::vector<int64_t> units;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t block = data_.columns[flat * index.capacity + i];
       if (block < 0 || block * spec_.block_k >= sk_) continue;
-      for (int64_t u = block * spec_.block_k / 64; u < (block + 1) * spec_.block_k / 64; ++u) {
-        if (any_sees(u)) units.push_back(u);
+      for (int64_t u = block * spec_.block_k / unit_; u < (block + 1) * spec_.block_k / unit_;
+           ++u) {
+        if (any_reaches(row * spec_.block_q, (row + 1) * spec_.block_q, u)) units.push_back(u);
       }
     }
-    for (size_t i = 0; i < units.size(); ++i) {
-      if (i % per_tile == 0) tiles.emplace_back();
-      tiles.back().push_back(units[i]);
-    }
-    return tiles;
+    return units;
   }
 
   double logit(int64_t i, int64_t key) const {
@@ -115,7 +143,7 @@ class Reference {
     for (int64_t i = 0; i < rows_; ++i) {
       double max = -kInf;
       for (int64_t unit : tile) {
-        for (int64_t key = unit * 64; key < unit * 64 + 64; ++key) {
+        for (int64_t key = unit * unit_; key < (unit + 1) * unit_; ++key) {
           const double s = logit(i, key);
           max = std::isnan(s) || std::isnan(max) ? std::nan("") : std::max(max, s);
         }
@@ -131,7 +159,7 @@ class Reference {
 
   void visit(int64_t unit) {
     for (int64_t i = 0; i < rows_; ++i) {
-      for (int64_t key = unit * 64; key < unit * 64 + 64; ++key) {
+      for (int64_t key = unit * unit_; key < (unit + 1) * unit_; ++key) {
         if (!sees(i, key)) continue;
         expected_.attended[(b_ * spec_.num_kv_heads + kv_) * spec_.seqlen_k + k0_ + key] = true;
         const double s = logit(i, key);
@@ -169,7 +197,8 @@ class Reference {
   AttendData& data_;
   const AttendCase& spec_;
   Expected& expected_;
-  int64_t b_ = 0, q0_ = 0, k0_ = 0, sq_ = 0, sk_ = 0, h_ = 0, kv_ = 0, row_begin_ = 0, rows_ = 0;
+  int64_t b_ = 0, q0_ = 0, k0_ = 0, sq_ = 0, sk_ = 0, h_ = 0, kv_ = 0, row_begin_ = 0, rows_ = 0,
+          unit_ = 64;
   std::vector<double> max_, sum_, acc_;
 };
 

@@ -116,7 +116,7 @@ void masks() {
 void lists() {
   uint32_t seed = 0;
   for (int block_q : {64, 128}) {
-    for (int block_k : {64, 128}) {
+    for (int block_k : {16, 32, 64, 128}) {
       for (double density : {0.0, 0.3, 1.0}) {
         for (bool malformed : {false, true}) {
           for (bool causal : {false, true}) {
@@ -162,6 +162,35 @@ void varlen() {
       c.sink = causal;
       c.dtype = indexed ? DType::kBFloat16 : DType::kFloat32;
       run_case(c);
+    }
+  }
+}
+
+void pages() {
+  uint32_t seed = 900;
+  for (int page_size : {16, 48, 64, 256}) {
+    for (int block_k : {0, 16, 32, 64, 128}) {
+      for (bool bad_pages : {false, true}) {
+        AttendCase c;
+        c.batch = 3;
+        c.num_heads = 4;
+        c.num_kv_heads = 2;
+        c.list_heads = 2;
+        c.seqlen_q = ++seed % 3 == 0 ? 150 : 70;
+        c.seqlen_k = 300;
+        c.head_dim = 24;
+        c.dtype = static_cast<DType>(seed % 3);
+        c.mask.causal = seed % 2 == 0;
+        if (seed % 5 == 0) c.mask.window_left = 100;
+        c.indexed = block_k > 0;
+        c.block_q = seed % 4 < 2 ? 64 : 128;
+        c.block_k = block_k > 0 ? block_k : 64;
+        c.page_size = page_size;
+        c.bad_pages = bad_pages;
+        c.sink = seed % 4 == 0;
+        c.seed = seed;
+        run_case(c);
+      }
     }
   }
 }
@@ -213,8 +242,26 @@ void refusals() {
   AttendCase listed;
   listed.indexed = true;
   AttendData with_list{listed};
-  with_list.problem.index.block_k = 32;
+  for (int block_k : {0, 8, 48, 256}) {
+    with_list.problem.index.block_k = block_k;
+    CHECK(throws<Unsupported>(with_list.problem));
+  }
+  with_list.problem.index.block_k = 64;
+  with_list.problem.index.block_q = 32;
   CHECK(throws<Unsupported>(with_list.problem));
+  AttendCase cache;
+  cache.page_size = 16;
+  AttendData paged{cache};
+  paged.run(cpu::kernels(), serial());  // puts the pages in place
+  problem = paged.problem;
+  problem.paged.page_size = 24;
+  CHECK(throws<Unsupported>(problem));
+  problem = paged.problem;
+  problem.paged.seq_lens = nullptr;
+  CHECK(throws<InvalidArgument>(problem));
+  problem = paged.problem;
+  problem.seqlen_k -= 1;
+  CHECK(throws<InvalidArgument>(problem));
   AttendCase packed;
   packed.lengths_q = packed.lengths_k = {10, 20};
   for (int32_t bad : {-1, 31, 1 << 30}) {
@@ -244,6 +291,7 @@ int main() {
   masks();
   lists();
   varlen();
+  pages();
   fewer_list_rows_than_query_blocks();
   refusals();
   return check::finish();

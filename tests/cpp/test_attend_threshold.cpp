@@ -25,12 +25,15 @@ AttendCase random_case(uint32_t seed) {
   if (seed % 7 == 3) c.mask.window_left = 130;
   c.indexed = seed % 2 == 1;
   c.block_q = seed % 3 ? 64 : 128;
-  c.block_k = seed % 5 ? 64 : 128;
+  const int block_ks[] = {128, 64, 16, 64, 32};
+  c.block_k = block_ks[seed % 5];
   c.density = 0.7;
   c.malformed_lists = seed % 11 == 3;
   c.skip_block = (seed / 2) % 2 ? 64 : 128;
   c.logit_scale = 2.0f;
   c.sink = seed % 6 == 5;
+  c.page_size = seed % 4 == 2 ? 48 : 0;
+  c.bad_pages = seed % 8 == 2;
   c.seed = seed;
   return c;
 }
@@ -153,6 +156,28 @@ void rows_without_keys_never_veto() {
   }
 }
 
+// Both groups of a block_q = 128 row share one cut: [0, 1], [3]. Group 0 does not see unit 3, so its
+// first visited tile is [0, 1]; group 1 starts with [3] and may skip [0, 1].
+void groups_of_a_row_share_the_cut() {
+  AttendCase c;
+  c.seqlen_q = 128;
+  c.seqlen_k = 256;
+  c.mask.causal = true;
+  c.indexed = true;
+  c.block_q = 128;
+  c.threshold = INFINITY;
+  AttendData data(c);
+  data.counts[0] = 3;
+  data.columns[0] = 0;
+  data.columns[1] = 1;
+  data.columns[2] = 3;
+  data.run(cpu::kernels(), serial());
+  check::context = "one cut for the row";
+  CHECK(data.counters == (std::vector<int64_t>{1, 3}));
+  const Expected expected = expected_of(data);
+  CHECK(data.counters == expected.counters);
+}
+
 void own_value_for_each_head() {
   AttendCase c;
   c.num_heads = 2;
@@ -177,6 +202,7 @@ int main() {
   huge_keeps_only_the_first_tile();
   nan_vetoes();
   rows_without_keys_never_veto();
+  groups_of_a_row_share_the_cut();
   own_value_for_each_head();
   return check::finish();
 }

@@ -17,12 +17,11 @@ AttendProblem problem_of(DType dtype, int64_t head_dim) {
   return problem;
 }
 
-// The text of the refusal, "" where the backend is chosen.
-std::string refusal(DType dtype, int64_t head_dim, int compute_capability) {
+// The text of the refusal, "" where a backend is chosen.
+std::string refusal(DType dtype, int64_t head_dim, int compute_capability,
+                    const char* forced = nullptr) {
   try {
-    const Backend backend =
-        cuda::choose_attend_backend(problem_of(dtype, head_dim), {compute_capability});
-    CHECK(backend == Backend::kSm80);
+    cuda::choose_attend_backend(problem_of(dtype, head_dim), {compute_capability}, forced);
     return "";
   } catch (const Unsupported& error) {
     return error.what();
@@ -39,7 +38,14 @@ void backends() {
       for (int64_t head_dim : {64, 128}) {
         check::context = std::string(dtype_name(dtype)) + " hd" + std::to_string(head_dim) +
                          " on " + std::to_string(compute_capability);
-        CHECK(refusal(dtype, head_dim, compute_capability).empty());
+        const AttendProblem problem = problem_of(dtype, head_dim);
+        const Backend best = compute_capability == 90 ? Backend::kSm90 : Backend::kSm80;
+        CHECK(cuda::choose_attend_backend(problem, {compute_capability}) == best);
+        CHECK(cuda::choose_attend_backend(problem, {compute_capability}, "") == best);
+        CHECK(cuda::choose_attend_backend(problem, {compute_capability}, "sm_80") ==
+              Backend::kSm80);
+        const std::string forced = refusal(dtype, head_dim, compute_capability, "sm_90");
+        CHECK(compute_capability == 90 ? forced.empty() : contains(forced, "9.0"));
       }
     }
   }
@@ -54,10 +60,67 @@ void backends() {
   check::context = "refusals print what was asked and what is supported";
   const std::string wrong_dtype = refusal(DType::kFloat32, 64, 90);
   CHECK(contains(wrong_dtype, "got dtype float32, head_dim 64"));
-  CHECK(contains(wrong_dtype, "dtype in {float16, bfloat16} and head_dim in {64, 128}"));
-  for (int64_t head_dim : {0, 8, 63, 65, 96, 192, 256})
-    CHECK(contains(refusal(DType::kBFloat16, head_dim, 90),
-                   "head_dim " + std::to_string(head_dim) + ";"));
+  CHECK(contains(wrong_dtype, "dtype in {float16, bfloat16} and head_dim in {64, "));
+  for (const char* forced : {"sm_80", "sm_90"}) {
+    const Backend backend = forced == std::string("sm_80") ? Backend::kSm80 : Backend::kSm90;
+    for (int64_t head_dim : {0, 8, 63, 64, 65, 96, 128, 192, 256}) {
+      const bool served = capability("attend", backend).supports(DType::kBFloat16, head_dim);
+      const std::string text = refusal(DType::kBFloat16, head_dim, 90, forced);
+      CHECK(served ? text.empty() : contains(text, "head_dim " + std::to_string(head_dim) + ";"));
+    }
+  }
+  check::context = "a backend that does not exist";
+  bool refused = false;
+  try {
+    cuda::choose_attend_backend(problem_of(DType::kFloat16, 64), {90}, "sm_100");
+  } catch (const InvalidArgument& error) {
+    refused = contains(error.what(), "sm_100") && contains(error.what(), "sm_90");
+  }
+  CHECK(refused);
+}
+
+// What every plan must respect, whatever its choices: pieces that lie together in memory and fill
+// tiles, tiles that a vote does not outgrow.
+void plans() {
+  for (int block_q : {0, 64, 128}) {
+    for (int block_k : {16, 32, 64, 128}) {
+      for (int page_size : {0, 16, 48, 64, 256}) {
+        for (int skip_block : {64, 128}) {
+          for (bool voted : {false, true}) {
+            for (int heads_per_list : {1, 4, 8}) {
+              AttendProblem problem = problem_of(DType::kBFloat16, 128);
+              problem.num_heads = 8;
+              problem.num_kv_heads = 2;
+              problem.threshold.skip_block = skip_block;
+              problem.threshold.enabled = voted;
+              const int32_t some = 0;
+              if (block_q > 0) {
+                problem.index.counts = &some;
+                problem.index.block_q = block_q;
+                problem.index.block_k = block_k;
+                problem.index.heads_per_list = heads_per_list;
+              }
+              if (page_size > 0) {
+                problem.paged.block_table = &some;
+                problem.paged.page_size = page_size;
+              }
+              const sm90::AttendPlan plan = sm90::plan_attend(problem);
+              check::context = plan.to_string();
+              CHECK(plan.warpgroups >= 1 && plan.warpgroups <= 2);
+              CHECK(plan.tile_n == 64 || plan.tile_n == 128);
+              CHECK(plan.piece_keys >= 16 && plan.tile_n % plan.piece_keys == 0);
+              CHECK(page_size == 0 || page_size % plan.piece_keys == 0);
+              CHECK(block_q == 0 || problem.index.unit_keys() % plan.piece_keys == 0);
+              CHECK(!voted || (plan.voted && skip_block % plan.tile_n == 0));
+              CHECK(!plan.pack_heads || heads_per_list > 1);
+              // Two rows of an index never share a CTA unless heads do instead.
+              CHECK(block_q != 64 || plan.warpgroups == 1 || plan.pack_heads);
+            }
+          }
+        }
+      }
+    }
+  }
 }
 
 void selection_threads() {
@@ -114,6 +177,7 @@ void table() {
 
 int main() {
   backends();
+  plans();
   selection_threads();
   table();
   return check::finish();

@@ -119,7 +119,7 @@ void random_cases() {
   for (uint32_t seed = 0; seed < 400; ++seed) {
     const int64_t sq = 1 + rng() % 900;
     const int64_t sk = 1 + rng() % 1500;
-    Select s(sq, sk, rng() % 2 ? 64 : 128, rng() % 2 ? 64 : 128, 2, 2);
+    Select s(sq, sk, rng() % 2 ? 64 : 128, 16 << rng() % 4, 2, 2);
     SelectProblem& p = s.problem;
     p.rule = static_cast<SelectRule>(rng() % 3);
     p.topk = static_cast<int32_t>(rng() % 8);

@@ -4,12 +4,12 @@
 
 #include <cute/tensor.hpp>
 
-#include "cuda/common/work_tile.cuh"
+#include "cuda/common/piece_iterator.cuh"
 
 namespace attnsieve::sm80 {
 
 template <class Element_, int kHeadDim_, int kTileN_, int kWarps_, int kStages_,
-          bool kQueryInRegisters_>
+          bool kQueryInRegisters_, bool kInPieces_>
 struct AttendConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -22,6 +22,7 @@ struct AttendConfig {
   static constexpr int kMinBlocks = 256 / kThreads;  // 8 warps an SM: 255 registers a thread
   // Otherwise Q fragments are read from shared memory again for every step.
   static constexpr bool kQueryInRegisters = kQueryInRegisters_;
+  static constexpr bool kInPieces = kInPieces_;  // steps are put together from pieces
   static_assert(kTileM % (16 * kWarps) == 0, "a warp owns whole 16-row MMA tiles");
   static_assert(kTileN == kUnitKeys || kHeadDim == 64, "units of a step lie behind each other");
   static_assert(kHeadDim % 64 == 0, "shared-memory rows are made of 64-element swizzle atoms");
@@ -47,14 +48,22 @@ struct AttendConfig {
       SmemLayoutKV{}, cute::make_layout(cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{},
                                         cute::GenRowMajor{})));
 
+  // What a warp knows about the pieces of a tile.
+  struct PieceTable {
+    PieceRows rows[kStages][kPieces];
+    int keys[2][kStages][kPieces];
+  };
+  struct NoTable {};
+
   struct SharedStorage {
     alignas(128) Element q[kTileM * kHeadDim];  // reused for the output tile
     alignas(128) Element k[kStages][kTileN * kHeadDim];
     alignas(128) Element v[kStages][kTileN * kHeadDim];
-    const Element* k_base;  // of the sequence and KV head
+    const Element* k_base;  // of the sequence and KV head; paged: of the first page
     const Element* v_base;
     WorkTile tile;  // read where needed instead of living in registers through the loop
-    int iterator_scratch;
+    IteratorScratch iterator_scratch;
+    std::conditional_t<kInPieces, PieceTable[kWarps], NoTable> pieces;
   };
 };
 

@@ -12,39 +12,19 @@ __device__ void store_output(const AttendProblem& problem, const WorkTile& tile,
                              const Mainloop& mainloop, typename Config::SharedStorage& smem,
                              typename Mainloop::FragmentO& acc_o, OnlineSoftmax<kRows>& softmax) {
   using Element = typename Config::Element;
-  const float scale_log2 = problem.softmax_scale * kLog2e;
   const float sink = problem.sink == nullptr ? negative_infinity() : problem.sink[tile.head];
   auto out = make_tensor(acc_o.data(), as_rows_columns(acc_o.layout()));
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    const float row_max = softmax.row_max[row];
-    const bool empty = row_max == negative_infinity();
-    // Undoing the rounding of the base keeps the lse of large logits within one rounding.
-    const float base = base_of(row_max, scale_log2);
-    const float correction = empty ? 1.0f : exp2_approx(-fmaf(row_max, scale_log2, -base));
-    const float sum = quad_sum(softmax.row_sum[row]) * correction;
-    const float max_logit = row_max * problem.softmax_scale;
-    const bool sink_leads = sink > max_logit;
-    const float rescale = sink_leads ? exp2_approx((max_logit - sink) * kLog2e) : 1.0f;
-    float sink_weight = sink_leads ? 1.0f : 0.0f;
-    if (!sink_leads && sink != negative_infinity()) {
-      sink_weight = exp2_approx((sink - max_logit) * kLog2e);
-    }
-    const float total = sum * rescale + sink_weight;
-    const float scale = total == 0.0f ? 0.0f : rescale * correction / total;
-    float lse = negative_infinity();
-    if (sink_leads) {
-      lse = sink + logf(total);
-    } else if (total != 0.0f) {
-      lse = fmaf(row_max, problem.softmax_scale, logf(total));
-    }
+    const RowResult result = finish_row(softmax.row_max[row], quad_sum(softmax.row_sum[row]),
+                                        problem.softmax_scale, sink);
 #pragma unroll
-    for (int column = 0; column < size<1>(out); ++column) out(row, column) *= scale;
+    for (int column = 0; column < size<1>(out); ++column) out(row, column) *= result.scale;
     const int query_row = mainloop.query_row(row);
     if (problem.lse.data != nullptr && threadIdx.x % 4 == 0 && query_row < tile.row_end) {
       problem.lse.data[tile.batch * problem.lse.stride_batch + tile.head * problem.lse.stride_head +
                        static_cast<int64_t>(tile.token_q + query_row) * problem.lse.stride_row] =
-          lse;
+          result.lse;
     }
   }
 

@@ -15,14 +15,21 @@ template <int kHeadDim, class BlockIterator>
 inline constexpr int kStepKeys =
     kHeadDim == 64 && std::is_same_v<BlockIterator, DenseIterator> ? 2 * kUnitKeys : kUnitKeys;
 
-// Two warps of 32 rows: least shared-memory traffic per MMA, four CTAs an SM.
+// Two warps of 32 rows: least shared-memory traffic per MMA, four CTAs an SM. What the walk over a
+// list's pieces keeps in registers leaves room for 16 rows a warp at head_dim 128.
+template <int kHeadDim, class BlockIterator>
+inline constexpr int kPlainWarps =
+    kHeadDim == 128 && std::is_same_v<BlockIterator, ListPieceIterator> ? 4 : 2;
+
 template <class Element, int kHeadDim, class BlockIterator>
-using PlainConfig = AttendConfig<Element, kHeadDim, kStepKeys<kHeadDim, BlockIterator>, 2, 1,
-                                 kHeadDim == 64 && kStepKeys<kHeadDim, BlockIterator> == kUnitKeys>;
+using PlainConfig = AttendConfig<
+    Element, kHeadDim, kStepKeys<kHeadDim, BlockIterator>, kPlainWarps<kHeadDim, BlockIterator>, 1,
+    kHeadDim == 64 && kStepKeys<kHeadDim, BlockIterator> == kUnitKeys, BlockIterator::kInPieces>;
 // The scores of a whole voted tile stay in registers, so a warp owns 16 rows.
 template <class Element, int kHeadDim, class BlockIterator>
 using VotedConfig = AttendConfig<Element, kHeadDim, kStepKeys<kHeadDim, BlockIterator>, 4,
-                                 2 * kUnitKeys / kStepKeys<kHeadDim, BlockIterator>, false>;
+                                 2 * kUnitKeys / kStepKeys<kHeadDim, BlockIterator>, false,
+                                 BlockIterator::kInPieces>;
 
 template <class Config, class BlockIterator, class SkipPolicy>
 void launch_attend_kernel(const AttendProblem& problem, void* stream) {
@@ -45,7 +52,13 @@ void launch_attend_over(const AttendProblem& problem, void* stream) {
 template <class Element, int kHeadDim>
 void launch_attend(const AttendProblem& problem, void* stream) {
   if (problem.is_indexed()) {
-    launch_attend_over<Element, kHeadDim, ListIterator>(problem, stream);
+    if (problem.is_paged() || problem.index.block_k < kUnitKeys) {
+      launch_attend_over<Element, kHeadDim, ListPieceIterator>(problem, stream);
+    } else {
+      launch_attend_over<Element, kHeadDim, ListIterator>(problem, stream);
+    }
+  } else if (problem.is_paged()) {
+    launch_attend_over<Element, kHeadDim, DensePieceIterator>(problem, stream);
   } else {
     launch_attend_over<Element, kHeadDim, DenseIterator>(problem, stream);
   }
@@ -70,6 +83,10 @@ std::vector<KernelEntry> attend_entries() {
   std::vector<KernelEntry> entries;
   append_entries<Element, kHeadDim, DenseIterator>(&entries, "dense", "dense threshold");
   append_entries<Element, kHeadDim, ListIterator>(&entries, "list", "list threshold");
+  append_entries<Element, kHeadDim, DensePieceIterator>(&entries, "dense pieces",
+                                                        "dense pieces threshold");
+  append_entries<Element, kHeadDim, ListPieceIterator>(&entries, "list pieces",
+                                                       "list pieces threshold");
   return entries;
 }
 

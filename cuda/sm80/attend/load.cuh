@@ -19,18 +19,24 @@ class TileCopy {
  public:
   __device__ TileCopy() : row_(threadIdx.x / kChunks), column_(threadIdx.x % kChunks * kVector) {}
 
-  // Starts the copy of rows [0, valid_rows) of a tile; the other rows become zero.
+  // Starts the copy of rows [0, valid_rows) of a tile, or of its first kCopied rows; the other rows
+  // become zero.
+  template <int kCopied = kRows>
   __device__ void load(Element* smem, const Element* gmem, int64_t stride_row,
                        int valid_rows) const {
+    static_assert(kCopied % kRowsPerPass == 0);
     const Element* source = gmem + row_ * stride_row + column_;
     Element* const targets[2] = {element(smem, 0), element(smem, 1)};
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
+    for (int pass = 0; pass < kCopied / kRowsPerPass; ++pass) {
       cp_async_16_or_zero(targets[pass % 2] + pass / 2 * kPairStride, source,
                           row_ + pass * kRowsPerPass < valid_rows);
       source += kRowsPerPass * stride_row;
     }
   }
+
+  // Rows from `row` on, a multiple of 8: where the swizzle starts again.
+  static __device__ Element* rows_from(Element* smem, int row) { return smem + row * 64; }
 
   // Writes rows [0, valid_rows) of a shared tile to global memory.
   __device__ void store(Element* gmem, Element* smem, int64_t stride_row, int valid_rows) const {

@@ -2,25 +2,15 @@
 // through the iterator and TileCopy.
 #pragma once
 
-#include "cuda/common/block_iterator.cuh"
-#include "cuda/common/mask.cuh"
 #include "cuda/common/skip_policy.cuh"
 #include "cuda/common/softmax.cuh"
-#include "cuda/sm80/attend/load.cuh"
+#include "cuda/sm80/attend/non_finite.cuh"
 
 namespace attnsieve::sm80 {
 
 using namespace cute;
 
-// An accumulator ((2 columns, 2 rows), M, N) seen as (rows, columns).
-template <class Layout_>
-__device__ __forceinline__ auto as_rows_columns(Layout_ const& layout) {
-  auto split = logical_divide(layout, Shape<_2>{});  // ((2, 2), M, N)
-  return make_layout(make_layout(get<0, 1>(split), get<1>(split)),
-                     make_layout(get<0, 0>(split), get<2>(split)));
-}
-
-// The same accumulator seen as the A operand of the next m16n8k16 MMA: two neighbouring n8 tiles
+// An accumulator seen as the A operand of the next m16n8k16 MMA: two neighbouring n8 tiles
 // make one k16.
 template <class Layout_>
 __device__ __forceinline__ auto as_operand_a(Layout_ const& layout) {
@@ -34,6 +24,9 @@ class AttendMainloop {
   using Element = typename Config::Element;
   using TiledMma = typename Config::TiledMma;
   using SharedStorage = typename Config::SharedStorage;
+  using Steps = std::conditional_t<Config::kInPieces, PieceSteps<Config>, UnitSteps<Config>>;
+  using StepKeys = typename Steps::Keys;
+  static_assert(Config::kInPieces == BlockIterator::kInPieces);
   static constexpr int kRows =
       2 * Config::kTileM / (16 * Config::kWarps);  // rows held by one thread
   static constexpr int kStepUnits = Config::kStepUnits;
@@ -50,7 +43,7 @@ class AttendMainloop {
   using FragmentP = decltype(make_tensor<Element>(FragmentS{}.layout()));
 
   __device__ AttendMainloop(const AttendProblem& problem, const WorkTile& tile, SharedStorage& smem)
-      : problem_(problem), tile_(tile), smem_(smem) {
+      : problem_(problem), tile_(tile), smem_(smem), steps_(problem, tile, smem) {
     if (threadIdx.x == 0) {
       smem.k_base = sequence_base(problem.k);
       smem.v_base = sequence_base(problem.v);
@@ -59,11 +52,7 @@ class AttendMainloop {
   }
 
   // Query row of accumulator row `row` of this thread, within the sequence.
-  __device__ int query_row(int row) const {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    return tile_.row_begin + row / 2 * (16 * Config::kWarps) + warp * 16 + row % 2 * 8 + lane / 4;
-  }
+  __device__ int query_row(int row) const { return tile_.row_begin + accumulator_row<Config>(row); }
 
   __device__ void run(BlockIterator& iterator, SkipPolicy& policy, FragmentO& acc_o,
                       OnlineSoftmax<kRows>& softmax) {
@@ -90,7 +79,7 @@ class AttendMainloop {
       for (int step = 0; step < kTileSteps; ++step) {
         if (step < steps) {
           scores(acc_s[step], query, step);
-          if (needs_step_mask(keys[step])) apply_mask(acc_s[step], keys[step]);
+          if (steps_.needs_step_mask(keys[step])) apply_mask(acc_s[step], keys[step]);
           maxima(acc_s[step], step_max[step]);
         }
       }
@@ -138,24 +127,17 @@ class AttendMainloop {
                problem_.q.stride_row, tile_.row_end - tile_.row_begin);
   }
 
-  // First keys of the units that make up one step. A unit that the tile lacks stands behind every
-  // sequence: it is zeros and masked for every row.
-  struct StepKeys {
-    int unit[kStepUnits];
-  };
-  static constexpr int kNoUnit = kMaxTokens;
-
   // Starts the K loads of the iterator's next tile (one group of cp.async); returns its steps.
   __device__ int start_k(BlockIterator& iterator, StepKeys (&keys)[kTileSteps]) {
     const int units = min(iterator.tile_units(), kTileSteps * kStepUnits);
     const int steps = (units + kStepUnits - 1) / kStepUnits;
+    steps_.begin_tile();
 #pragma unroll
     for (int step = 0; step < kTileSteps; ++step) {
-#pragma unroll
-      for (int unit = 0; unit < kStepUnits; ++unit) {
-        keys[step].unit[unit] = step * kStepUnits + unit < units ? iterator.next() : kNoUnit;
+      keys[step] = steps_.next(iterator, step, units - step * kStepUnits);
+      if (step < steps) {
+        steps_.load(copy_, smem_.k[step], smem_.k_base, problem_.k, step, keys[step]);
       }
-      if (step < steps) load_step(smem_.k[step], smem_.k_base, problem_.k.stride_row, keys[step]);
     }
     cp_async_commit();
     return steps;
@@ -165,26 +147,16 @@ class AttendMainloop {
   __device__ void load_v(int steps, const StepKeys (&keys)[kTileSteps]) {
 #pragma unroll
     for (int step = 0; step < kTileSteps; ++step) {
-      if (step < steps) load_step(smem_.v[step], smem_.v_base, problem_.v.stride_row, keys[step]);
+      if (step < steps) {
+        steps_.load(copy_, smem_.v[step], smem_.v_base, problem_.v, step, keys[step]);
+      }
     }
     cp_async_commit();
   }
 
-  __device__ void load_step(Element* smem, const Element* base, int64_t stride_row,
-                            const StepKeys& keys) const {
-#pragma unroll
-    for (int unit = 0; unit < kStepUnits; ++unit) {
-      const int key = keys.unit[unit];
-      copy_.load(unit_of(smem, unit), base + key * stride_row, stride_row, tile_.seqlen_k - key);
-    }
-  }
-
-  static __device__ Element* unit_of(Element* smem, int unit) {
-    return smem + unit * kUnitKeys * Config::kHeadDim;
-  }
-
   __device__ const Element* sequence_base(const HeadTensor& tensor) const {
-    return static_cast<const Element*>(tensor.data) + tile_.batch * tensor.stride_batch +
+    const int batch = Config::kInPieces && problem_.paged.block_table != nullptr ? 0 : tile_.batch;
+    return static_cast<const Element*>(tensor.data) + batch * tensor.stride_batch +
            tile_.kv_head * tensor.stride_head + tile_.token_k * tensor.stride_row;
   }
 
@@ -228,7 +200,9 @@ class AttendMainloop {
                    make_tensor(acc_o.data(), as_rows_columns(acc_o.layout())), step_max,
                    problem_.softmax_scale * kLog2e);
     const FragmentP weights = round_weights(acc_s);
-    if (needs_step_mask(keys)) isolate_non_finite(acc_o, stage, keys);
+    if (steps_.needs_step_mask(keys)) {
+      isolate_non_finite<Config>(copy_, tile_, steps_, keys, smem_.v[stage], acc_o);
+    }
     accumulate(weights, acc_o, stage);
   }
 
@@ -261,38 +235,23 @@ class AttendMainloop {
     }
   }
 
-  // True if some row of the group does not see some key of the step.
-  __device__ bool needs_step_mask(const StepKeys& keys) const {
-    bool masked = false;
-#pragma unroll
-    for (int unit = 0; unit < kStepUnits; ++unit) {
-      masked |= needs_mask(tile_, keys.unit[unit]);
-    }
-    return masked;
-  }
-
   __device__ void apply_mask(FragmentS& acc_s, const StepKeys& keys) const {
     auto scores = make_tensor(acc_s.data(), as_rows_columns(acc_s.layout()));
-    constexpr int kUnitColumns = size<1>(decltype(scores){}) / kStepUnits;
+    constexpr int kSpanColumns = size<1>(decltype(scores){}) / Steps::kSpans;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-      for (int unit = 0; unit < kStepUnits; ++unit) {
-        const RowBounds bounds = row_bounds(tile_, query_row(row), keys.unit[unit]);
+      for (int span = 0; span < Steps::kSpans; ++span) {
+        const RowBounds bounds = row_bounds(tile_, query_row(row), steps_.first_key(keys, span));
 #pragma unroll
-        for (int column = 0; column < kUnitColumns; ++column) {
-          const int key = key_of_column(column);
+        for (int column = 0; column < kSpanColumns; ++column) {
+          const int key = accumulator_column(column);
           if (!bounds.contains(key)) {
-            scores(row, unit * kUnitColumns + column) = negative_infinity();
+            scores(row, span * kSpanColumns + column) = negative_infinity();
           }
         }
       }
     }
-  }
-
-  // Key (or output dimension) within the unit of accumulator column `column` of this thread.
-  static __device__ int key_of_column(int column) {
-    return column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2;
   }
 
   static __device__ void maxima(const FragmentS& acc_s, float (&step_max)[kRows]) {
@@ -322,49 +281,10 @@ class AttendMainloop {
     return veto;
   }
 
-  // In a step where some row does not see some key, 0 * NaN would carry a NaN or Inf of V into rows
-  // that must not see it. Such values are rare: add them to the rows that do see them, then replace
-  // them by zero for the MMA.
-  __device__ void isolate_non_finite(FragmentO& acc_o, int stage, const StepKeys& keys) {
-    bool found = false;
-#pragma unroll 1
-    for (int unit = 0; unit < kStepUnits; ++unit) {
-      found |= copy_.any_non_finite(unit_of(smem_.v[stage], unit));
-    }
-    if (!__syncthreads_or(found)) return;
-#pragma unroll 1
-    for (int unit = 0; unit < kStepUnits; ++unit) {
-      Element* const smem = unit_of(smem_.v[stage], unit);
-      add_non_finite(acc_o, smem, unit == 0 ? keys.unit[0] : keys.unit[kStepUnits - 1]);
-      __syncthreads();
-      copy_.zero_non_finite(smem);
-    }
-    __syncthreads();
-  }
-
-  __device__ void add_non_finite(FragmentO& acc_o, Element* smem, int key0) const {
-    auto out = make_tensor(acc_o.data(), as_rows_columns(acc_o.layout()));
-    const auto sV = make_tensor(make_smem_ptr(smem), typename Config::SmemLayoutUnit{});  // (N, D)
-    RowBounds bounds[kRows];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) bounds[row] = row_bounds(tile_, query_row(row), key0);
-#pragma unroll 1
-    for (int key = 0; key < kUnitKeys; ++key) {
-#pragma unroll
-      for (int column = 0; column < size<1>(out); ++column) {
-        const Element value = sV(key, key_of_column(column));
-        if (!TileCopy<Config>::is_non_finite(reinterpret_cast<const uint16_t&>(value))) continue;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          if (bounds[row].contains(key)) out(row, column) += static_cast<float>(value);
-        }
-      }
-    }
-  }
-
   const AttendProblem& problem_;
   const WorkTile& tile_;
   SharedStorage& smem_;
+  Steps steps_;
   TileCopy<Config> copy_;
 };
 

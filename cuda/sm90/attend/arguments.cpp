@@ -1,0 +1,143 @@
+#include "cuda/sm90/attend/arguments.h"
+
+#include <limits>
+#include <string>
+
+#include "cuda/dispatch/tensor_map.h"
+
+namespace attnsieve::sm90 {
+namespace {
+
+using cuda::make_tensor_map;
+using cuda::TensorMapShape;
+
+// Rows, heads and outer dimension (batch, page, or 1 for varlen) of a tensor.
+struct Extent {
+  int64_t rows;
+  int64_t heads;
+  int64_t outer;
+};
+
+CUtensorMap row_map(const AttendProblem& p, const HeadTensor& tensor, const Extent& extent,
+                    int box_rows) {
+  TensorMapShape shape;
+  shape.rank = 4;
+  shape.sizes = {p.head_dim, extent.rows, extent.heads, extent.outer};
+  shape.strides = {1, tensor.stride_row, tensor.stride_head, tensor.stride_batch};
+  shape.box = {slice_columns(p.head_dim), box_rows, 1, 1};
+  return make_tensor_map(tensor.data, p.dtype, shape);
+}
+
+// 8 rows of all slices a box, in the order of an interleaved tile.
+CUtensorMap eight_row_map(const AttendProblem& p, const HeadTensor& tensor, const Extent& extent) {
+  const int columns = slice_columns(p.head_dim);
+  const int slices = static_cast<int>(p.head_dim) / columns;
+  TensorMapShape shape;
+  shape.rank = 5;
+  shape.sizes = {columns, extent.rows, slices, extent.heads, extent.outer};
+  shape.strides = {1, tensor.stride_row, columns, tensor.stride_head, tensor.stride_batch};
+  shape.box = {columns, 8, slices, 1, 1};
+  return make_tensor_map(tensor.data, p.dtype, shape);
+}
+
+// The merges of (outer, head, row) into two dimensions that a five-dimensional map of 8-row groups
+// leaves room for.
+enum class GroupMerge { kNone, kHeads, kRows };
+
+GroupMerge group_merge(const HeadTensor& tensor, const Extent& extent) {
+  if (extent.outer == 1 || tensor.stride_batch == extent.rows * tensor.stride_row) {
+    return GroupMerge::kRows;
+  }
+  return tensor.stride_batch == extent.heads * tensor.stride_head ? GroupMerge::kHeads
+                                                                  : GroupMerge::kNone;
+}
+
+CUtensorMap group_map(const AttendProblem& p, const HeadTensor& tensor, int64_t rows, int64_t heads,
+                      int piece_keys) {
+  const int columns = slice_columns(p.head_dim);
+  const int slices = static_cast<int>(p.head_dim) / columns;
+  TensorMapShape shape;
+  shape.rank = 5;
+  shape.sizes = {columns, 8, slices, rows / 8, heads};
+  shape.strides = {1, tensor.stride_row, columns, 8 * tensor.stride_row, tensor.stride_head};
+  shape.box = {columns, 8, slices, piece_keys / 8, 1};
+  return make_tensor_map(tensor.data, p.dtype, shape);
+}
+
+void set_interleaved_maps(const AttendProblem& p, const Extent& extent, AttendArguments* a) {
+  a->k = eight_row_map(p, p.k, extent);
+  a->v = eight_row_map(p, p.v, extent);
+  a->k_groups = a->k;
+  a->v_groups = a->v;
+  const GroupMerge merge = group_merge(p.k, extent);
+  const bool by_rows = merge == GroupMerge::kRows;
+  const int64_t rows = by_rows ? extent.rows * extent.outer : extent.rows;
+  const int64_t heads = by_rows ? extent.heads : extent.heads * extent.outer;
+  if (merge == GroupMerge::kNone || merge != group_merge(p.v, extent) || rows < 8) return;
+  a->k_groups = group_map(p, p.k, rows, heads, a->piece_keys);
+  a->v_groups = group_map(p, p.v, rows, heads, a->piece_keys);
+  a->rows_per_batch = by_rows ? static_cast<int>(extent.rows) : 0;
+  a->heads_per_batch = by_rows ? 0 : static_cast<int>(extent.heads);
+  a->group_rows = rows / 8 * 8;
+}
+
+// Rows that the first row tile of a sequence may start early. Where only the device knows the
+// lengths, room for the shift is kept.
+int lead_rows_of(const AttendProblem& p, const AttendPlan& plan) {
+  if (plan.warpgroups == 1 || p.is_indexed()) return 0;
+  if (!p.mask.causal && p.mask.window_right < 0) return 0;
+  if (p.is_varlen() || p.is_paged()) return kGroupRows;
+  const int64_t right = p.mask.causal ? 0 : p.mask.window_right;
+  const int64_t end_shift = (p.seqlen_k - p.seqlen_q + right + 1) % plan.tile_n;
+  return -first_row_of_tiles(static_cast<int>(end_shift), plan.tile_n);
+}
+
+}  // namespace
+
+AttendArguments make_arguments(const AttendProblem& problem, const AttendPlan& plan) {
+  AttendArguments a{};
+  a.problem = problem;
+  if (plan.voted && !problem.threshold.enabled) {
+    // Without a threshold the voting kernel keeps every tile.
+    a.problem.threshold.value = 0.0f;
+    a.problem.threshold.per_head = nullptr;
+    a.problem.threshold.counters = nullptr;
+  }
+  a.piece_keys = plan.piece_keys;
+  a.pack_heads = plan.pack_heads;
+
+  const bool varlen = problem.is_varlen();
+  a.q = row_map(problem, problem.q,
+                {problem.seqlen_q, problem.num_heads, varlen ? 1 : problem.batch}, kWarpgroupRows);
+  Extent keys{problem.seqlen_k, problem.num_kv_heads, varlen ? 1 : problem.batch};
+  if (problem.is_paged()) {
+    keys = {problem.paged.page_size, problem.num_kv_heads, problem.paged.num_pages};
+  }
+  if (plan.interleaved) {
+    set_interleaved_maps(problem, keys, &a);
+  } else {
+    a.k = row_map(problem, problem.k, keys, plan.piece_keys);
+    a.v = row_map(problem, problem.v, keys, plan.piece_keys);
+  }
+
+  const int64_t tile_rows = plan.pack_heads ? kGroupRows : plan.warpgroups * kGroupRows;
+  a.lead_rows = lead_rows_of(problem, plan);
+  const int64_t rows = problem.seqlen_q + a.lead_rows;
+  // Over B sequences of together T rows, ceil((t + lead) / tile) sums up to at most this.
+  const int64_t row_tiles =
+      varlen ? problem.seqlen_q / tile_rows + problem.batch * (a.lead_rows > 0 ? 2 : 1)
+             : problem.batch * ((rows + tile_rows - 1) / tile_rows);
+  const int64_t heads_per_item = plan.pack_heads ? plan.warpgroups : 1;
+  const int64_t head_slots =
+      problem.num_kv_heads * ((problem.group_size() + heads_per_item - 1) / heads_per_item);
+  const int64_t items = row_tiles * head_slots;
+  if (items > std::numeric_limits<int32_t>::max() / 2) {
+    throw InvalidArgument("attend (sm_90): the problem has " + std::to_string(items) +
+                          " row tiles, more than 32 bits count");
+  }
+  a.row_tiles = static_cast<int>(row_tiles);
+  a.num_items = static_cast<int>(items);
+  return a;
+}
+
+}  // namespace attnsieve::sm90

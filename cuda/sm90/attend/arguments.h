@@ -1,0 +1,50 @@
+// What the host hands the sm_90 attend kernel: the problem, its tensor maps and its grid.
+#pragma once
+
+#include <cuda.h>
+
+#include "attnsieve/problem.h"
+#include "attnsieve/visibility.h"
+#include "cuda/dispatch/heuristics.h"
+
+namespace attnsieve::sm90 {
+
+inline constexpr int kWarpgroupRows = 64;  // rows of a wgmma, and of a box of Q
+
+// How the host laid out the call. K and V tiles are composed of boxes of piece_keys rows.
+struct AttendArguments {
+  AttendProblem problem;
+  CUtensorMap q;  // (head_dim, rows, heads, batch), box (kSliceColumns, 64)
+  CUtensorMap k;  // (head_dim, rows, heads, batch or page), box (kSliceColumns, piece_keys)
+  CUtensorMap v;
+  // Interleaved configurations only: (kSliceColumns, 8, slices, groups of 8 rows, heads), box
+  // piece_keys rows. Where a piece does not start at a group, k and v take it 8 rows at a time.
+  CUtensorMap k_groups;
+  CUtensorMap v_groups;
+  // Coordinates of k_groups and v_groups: row = batch or page * rows_per_batch + row in it, head =
+  // batch * heads_per_batch + head. Rows from group_rows on are not reached through them.
+  int rows_per_batch;
+  int heads_per_batch;
+  int64_t group_rows;
+  int piece_keys;
+  int num_items;  // work items: (head slot, row tile)
+  int row_tiles;  // row tiles of all sequences, at most
+  int lead_rows;  // rows by which a sequence's first row tile may start early
+  bool pack_heads;  // a work item is 64 rows of kWarpgroups heads of one KV group
+};
+
+// Columns of one swizzled slice of a row, and slices of a row.
+constexpr int slice_columns(int64_t head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+
+// In a dense problem with a right bound, neighbouring 64-row groups share their last KV tile in
+// pairs; which pairs depends on the diagonal. Row tiles start one group early where the odd groups
+// lead: then the tile visited first is the last tile of both warpgroups.
+ATTNSIEVE_HD int first_row_of_tiles(int end_shift, int tile_keys) {
+  const int last_key = (kGroupRows - 1 + end_shift - 1) % tile_keys;  // of group 0, before clamping
+  const int in_tile = last_key < 0 ? last_key + tile_keys : last_key;
+  return in_tile < tile_keys - kGroupRows ? 0 : -kGroupRows;
+}
+
+AttendArguments make_arguments(const AttendProblem& problem, const AttendPlan& plan);
+
+}  // namespace attnsieve::sm90

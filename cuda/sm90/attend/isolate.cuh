@@ -1,0 +1,95 @@
+// In a tile where some row does not see some key, 0 * NaN would carry a NaN or Inf of V into rows
+// that must not see it. The producer group's idle warps look for such values while the tile waits;
+// where there are any, they are added to the rows that see them and replaced by zero for the MMA.
+#pragma once
+
+#include "cuda/sm90/attend/config.h"
+
+namespace attnsieve::sm90 {
+
+inline constexpr int kCheckWarps = 2;
+
+template <class Element>
+__device__ __forceinline__ bool is_non_finite(uint32_t bits16) {
+  constexpr uint32_t kExponent = std::is_same_v<Element, cute::bfloat16_t> ? 0x7f80u : 0x7c00u;
+  return (bits16 & kExponent) == kExponent;
+}
+
+// The checking warps, the last two of the producers' warpgroup.
+template <class Config>
+__device__ void check_values(typename Config::SharedStorage& smem) {
+  using Element = typename Config::Element;
+  constexpr int kCheckers = kCheckWarps * kWarpThreads;
+  const int thread = static_cast<int>(threadIdx.x) % kCheckers;
+  RingPosition<Config::kCheckSlots> position(0);
+  while (true) {
+    smem.check_full[position.slot].wait(position.phase);
+    const typename Config::CheckRequest request = smem.check[position.slot];
+    if (request.stage >= Config::kStagesV) return;
+    smem.v_full[request.stage].wait(request.parity);
+    const auto* chunks =
+        reinterpret_cast<const uint4*>(smem.v + request.stage * Config::kTileElements);
+    bool found = false;
+#pragma unroll 4
+    for (int i = thread; i < Config::kTileBytes / 16; i += kCheckers) {
+      const uint4 chunk = chunks[i];
+      for (uint32_t word : {chunk.x, chunk.y, chunk.z, chunk.w}) {
+        found |= is_non_finite<Element>(word & 0xffffu) || is_non_finite<Element>(word >> 16);
+      }
+    }
+    found = __any_sync(0xffffffffu, found);
+    if (thread % kWarpThreads == 0) {
+      if (found) smem.check[position.slot].non_finite = 1;
+      smem.check_done[position.slot].arrive();
+    }
+    position.advance();
+  }
+}
+
+// Adds the non-finite values of a V stage to the rows of acc_o, a ((2, 2, columns), 1, 1) fragment,
+// that see their keys. `rows` are the two query rows of this thread.
+template <class Config, class FragmentO>
+__device__ void add_non_finite(const typename Config::SharedStorage& smem, int stage,
+                               const Work& work, const int (&rows)[2], FragmentO& acc_o) {
+  using Element = typename Config::Element;
+  const Element* tile = smem.v + stage * Config::kTileElements;
+#pragma unroll 1
+  for (int key = 0; key < Config::kTileN; ++key) {
+    // Opaque, or the addresses of all columns would be formed ahead and live through the main loop.
+    int lane = static_cast<int>(threadIdx.x) % 4;
+    asm volatile("" : "+r"(lane));
+    const int position = smem.v_record[stage].key[key / Config::kGranuleKeys];
+    if (position == Config::kNoKey) continue;
+    const int key_position = position + key % Config::kGranuleKeys;
+    bool sees[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      sees[row] = key_position >= work.first_key(rows[row]) && key_position < work.end_key(rows[row]);
+    }
+#pragma unroll
+    for (int i = 0; i < cute::size(FragmentO{}); ++i) {
+      const int column = i / 4 * 8 + lane * 2 + i % 2;
+      const Element value =
+          tile[Config::offset_in_tile(key, column, Config::kTileN, Config::kInterleaved)];
+      if (is_non_finite<Element>(reinterpret_cast<const uint16_t&>(value)) && sees[i / 2 % 2]) {
+        acc_o(i) += static_cast<float>(value);
+      }
+    }
+  }
+}
+
+// Every consumer thread takes part; barriers before and after are the caller's.
+template <class Config>
+__device__ void zero_non_finite(typename Config::SharedStorage& smem, int stage) {
+  using Element = typename Config::Element;
+  auto* words = reinterpret_cast<uint32_t*>(smem.v + stage * Config::kTileElements);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Config::kTileBytes / 4; i += Config::kConsumerThreads) {
+    uint32_t word = words[i];
+    if (is_non_finite<Element>(word & 0xffffu)) word &= 0xffff0000u;
+    if (is_non_finite<Element>(word >> 16)) word &= 0x0000ffffu;
+    words[i] = word;
+  }
+}
+
+}  // namespace attnsieve::sm90

@@ -1,0 +1,111 @@
+// Computes        out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h / G, j]) v[b, h / G, j]
+//                 over the keys j that the BlockIterator yields and the mask shows;
+//                 lse[b, h, i] = ln sum_j exp(scale * q . k), the sink logit included.
+// Roles           CTAs take work items blockIdx.x, + gridDim.x, ...: kWarpgroups x 64 query rows of
+//                 one head, or 64 rows of kWarpgroups heads that share a list. One warpgroup per 64
+//                 rows computes. In a further warpgroup one warp copies, one locates the items, and
+//                 two look for non-finite values in the V of masked tiles.
+// Shared memory   Q of kStagesQ items (later their output), kStagesK tiles of K, kStagesV of V, in
+//                 the swizzled layouts of wgmma; a record per tile, a ring of work items.
+// Pipeline        ring        filled by          freed by
+//                 work        locating warp      every consumer warp and the copying warp
+//                 q           bulk copies        every warp of its warpgroup, after its epilogue
+//                 k           bulk copies        every consumer warp, once S is complete
+//                 v           bulk copies        every consumer warp, once O has taken it
+//                 check       producer, checkers (a slot comes round after its V stage was freed)
+//                 Full barriers of copies complete on bytes: always those of a whole tile, missing
+//                 pieces are zeros from outside the tensor.
+// Invariants      row_max is -inf iff the row saw no finite logit. The tile visited first is the
+//                 one with the last visible key. Steps advance in the same width whether or not
+//                 tiles are voted on, so threshold 0 is bitwise equal to no threshold.
+// Not handled     Backward.
+#pragma once
+
+#include "cuda/sm90/attend/epilogue.cuh"
+#include "cuda/sm90/attend/iterator.cuh"
+#include "cuda/sm90/attend/load.cuh"
+
+namespace attnsieve::sm90 {
+
+template <class Config, class BlockIterator>
+struct KernelStorage {
+  typename Config::SharedStorage shared;
+  BlockIterator iterators[Config::kWorkSlots];
+};
+
+template <class Config>
+__device__ void init_barriers(typename Config::SharedStorage& smem) {
+  constexpr int kConsumerWarps = Config::kConsumerThreads / kWarpThreads;
+  constexpr int kWarpgroupWarps = kWarpgroupThreads / kWarpThreads;
+  const auto init = [](auto& full, auto& empty, int count, int fills, int frees) {
+    for (int i = 0; i < count; ++i) {
+      full[i].init(fills);
+      empty[i].init(frees);
+    }
+  };
+  init(smem.k_full, smem.k_empty, Config::kStagesK, 1, kConsumerWarps);
+  init(smem.v_full, smem.v_empty, Config::kStagesV, 1, kConsumerWarps);
+  init(smem.q_full, smem.q_empty, Config::kStagesQ * Config::kWarpgroups, 1, kWarpgroupWarps);
+  init(smem.work_full, smem.work_empty, Config::kWorkSlots, 1, kConsumerWarps + 1);
+  init(smem.check_full, smem.check_done, Config::kCheckSlots, 1, kCheckWarps);
+}
+
+template <class Config, class SkipPolicy>
+__device__ void consume(const AttendArguments& arguments, typename Config::SharedStorage& smem) {
+  using Mainloop = AttendMainloop<Config, SkipPolicy>;
+  const AttendProblem& problem = arguments.problem;
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupThreads;
+  Mainloop mainloop(problem, smem);
+  RingPosition<Config::kWorkSlots> position(0);
+  while (true) {
+    smem.work_full[position.slot].wait(position.phase);
+    const Work& work = smem.work[position.slot];
+    if (work.tiles < 0) return;
+    const int head = work.head + (arguments.pack_heads ? warpgroup : 0);
+    const int row = work.row + (arguments.pack_heads ? 0 : warpgroup * kWarpgroupRows);
+    const int row_end = head < work.head_end ? work.seqlen_q : 0;
+    SkipPolicy policy(problem, work.batch, head < work.head_end ? head : work.head);
+    typename Mainloop::FragmentO acc_o;
+    OnlineSoftmax<2> softmax;
+    mainloop.run(work, row, row_end, policy, acc_o, softmax);
+    if constexpr (SkipPolicy::kVotes) {
+      if (row < row_end && row > -kWarpgroupRows && threadIdx.x % kWarpgroupThreads == 0) {
+        policy.store_counters();
+      }
+    }
+    store_output<Config>(problem, work, head, row, row_end, mainloop, smem, acc_o, softmax);
+    mainloop.release_queries();
+    if (threadIdx.x % kWarpThreads == 0) smem.work_empty[position.slot].arrive();
+    position.advance();
+  }
+}
+
+template <class Config, class BlockIterator, class SkipPolicy>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
+    attend_kernel(const __grid_constant__ AttendArguments arguments) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& storage = *reinterpret_cast<KernelStorage<Config, BlockIterator>*>(shared_memory);
+  typename Config::SharedStorage& smem = storage.shared;
+  if (threadIdx.x == 0) {
+    init_barriers<Config>(smem);
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (cutlass::canonical_warp_group_idx() == Config::kWarpgroups) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    const int warp = static_cast<int>(threadIdx.x) % kWarpgroupThreads / kWarpThreads;
+    if (warp == 0) {
+      TileProducer<Config, BlockIterator>(arguments, smem, storage.iterators).run();
+    } else if (warp == 1) {
+      schedule_work<Config>(arguments, smem, storage.iterators);
+    } else {
+      check_values<Config>(smem);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    consume<Config, SkipPolicy>(arguments, smem);
+  }
+}
+
+}  // namespace attnsieve::sm90

@@ -1,0 +1,333 @@
+// One warpgroup's loop over the tiles of a work item: S = Q K^T -> mask -> online softmax ->
+// O += P V, with the next S issued before the last P V. Touches no global memory.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "cuda/common/skip_policy.cuh"
+#include "cuda/common/softmax.cuh"
+#include "cuda/sm90/attend/isolate.cuh"
+
+namespace attnsieve::sm90 {
+
+using namespace cute;
+
+// Named barriers: one per warpgroup, one of all consumers. 0 is __syncthreads.
+inline constexpr int kWarpgroupBarrier = 1;
+inline constexpr int kConsumerBarrier = 8;
+
+// kColumns registers of an accumulator ((2 columns, 2 rows, n8 tiles), 1, 1) as (rows, columns).
+template <int kColumns>
+using RowsColumns = Layout<Shape<_2, Shape<_2, Int<kColumns / 2>>>, Stride<_2, Stride<_1, _4>>>;
+
+template <class Config, class SkipPolicy>
+class AttendMainloop {
+ public:
+  using Element = typename Config::Element;
+  using SharedStorage = typename Config::SharedStorage;
+  using MmaQK = typename Config::MmaQK;
+  using MmaPV = typename Config::MmaPV;
+  using FragmentO = decltype(partition_fragment_C(
+      MmaPV{}, Shape<Int<kWarpgroupRows>, Int<Config::kHeadDim>>{}));
+  using FragmentS = decltype(partition_fragment_C(
+      MmaQK{}, Shape<Int<kWarpgroupRows>, Int<Config::kTileN>>{}));
+  // The weights of a softmax step in the order of the A operand: what the accumulator of S holds,
+  // rounded.
+  using FragmentP = decltype(make_tensor<Element>(
+      Shape<Shape<_2, _2, _2>, _1, Int<Config::kStepKeys / 16>>{}));
+  using Softmax = OnlineSoftmax<2>;
+
+  __device__ AttendMainloop(const AttendProblem& problem, SharedStorage& smem)
+      : smem_(smem),
+        scale_log2_(problem.softmax_scale * kLog2e),
+        thread_(static_cast<int>(threadIdx.x) % kWarpgroupThreads),
+        warpgroup_(cutlass::canonical_warp_group_idx()) {}
+
+  // Query row of accumulator row 0 or 1 of this thread, within the warpgroup's 64.
+  __device__ int row_of(int row) const { return thread_ / 32 * 16 + thread_ % 32 / 4 + row * 8; }
+
+  // Stage of Q that belongs to the current item; release_queries() moves on.
+  __device__ int query_tile() const { return q_.slot * Config::kWarpgroups + warpgroup_; }
+  __device__ void release_queries() {
+    release(smem_.q_empty[query_tile()]);
+    q_.advance();
+  }
+
+  // `row` is the first query row of this warpgroup, rows from `row_end` on do not vote.
+  __device__ void run(const Work& work, int row, int row_end, SkipPolicy& policy, FragmentO& acc_o,
+                      Softmax& softmax) {
+    smem_.q_full[query_tile()].wait(q_.phase);
+    clear(acc_o);
+    if (work.tiles == 0) return;
+    if constexpr (SkipPolicy::kVotes) {
+      run_voted(work, row, row_end, policy, acc_o, softmax);
+    } else {
+      run_overlapped(work, row, row_end, acc_o, softmax);
+    }
+  }
+
+ private:
+  // S of the next tile is computed while O takes the values of this one.
+  __device__ void run_overlapped(const Work& work, int row, int row_end, FragmentO& acc_o,
+                                 Softmax& softmax) {
+    static_assert(SkipPolicy::kVotes || Config::kSteps == 1);
+    FragmentS acc_s;
+    FragmentP weights;
+    float step_max[2];
+    float rescale[2];
+
+    smem_.k_full[k_.slot].wait(k_.phase);
+    issue_qk(acc_s);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc_s);
+    int flags = smem_.k_record[k_.slot].flags;
+    if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work, row, row_end);
+    release_keys();
+    maxima(acc_s, 0, step_max);
+    softmax.weigh(rows_columns<Config::kTileN>(acc_s, 0), step_max, scale_log2_, rescale);
+    round_weights(acc_s, weights);
+    if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, row, true);
+
+#pragma unroll 1
+    for (int tile = 1; tile < work.tiles; ++tile) {
+      smem_.k_full[k_.slot].wait(k_.phase);
+      issue_qk(acc_s);
+      smem_.v_full[v_.slot].wait(v_.phase);
+      issue_pv<0>(weights, acc_o);
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(acc_s);
+      flags = smem_.k_record[k_.slot].flags;
+      if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work, row, row_end);
+      release_keys();
+      maxima(acc_s, 0, step_max);
+      softmax.weigh(rows_columns<Config::kTileN>(acc_s, 0), step_max, scale_log2_, rescale);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc_o);
+      release_values();
+      round_weights(acc_s, weights);
+      rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
+      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, row, true);
+    }
+    smem_.v_full[v_.slot].wait(v_.phase);
+    issue_pv<0>(weights, acc_o);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc_o);
+    release_values();
+  }
+
+  // A tile's values are used after its vote, one softmax step after the other.
+  __device__ void run_voted(const Work& work, int row, int row_end, SkipPolicy& policy,
+                            FragmentO& acc_o, Softmax& softmax) {
+    bool visited = false;
+#pragma unroll 1
+    for (int tile = 0; tile < work.tiles; ++tile) {
+      FragmentS acc_s;
+      smem_.k_full[k_.slot].wait(k_.phase);
+      issue_qk(acc_s);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc_s);
+      const int flags = smem_.k_record[k_.slot].flags;
+      bool seen = true;
+      if ((flags & Config::kMaskedTile) != 0) seen = apply_mask(acc_s, work, row, row_end);
+      release_keys();
+      float step_max[Config::kSteps][2];
+#pragma unroll
+      for (int step = 0; step < Config::kSteps; ++step) maxima(acc_s, step, step_max[step]);
+      bool kept = vote(policy, step_max, softmax, row, row_end);
+      if (seen) {
+        kept |= !visited;  // the first visited tile is never skipped
+        visited = true;
+        policy.count(kept);
+      }
+      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, row, kept && seen);
+      smem_.v_full[v_.slot].wait(v_.phase);  // even where it is not used: it has to arrive
+      if (kept) attend_steps(acc_s, acc_o, step_max, softmax, flags);
+      release_values();
+    }
+  }
+
+  static __device__ void release(TransactionBarrier& empty) {
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) empty.arrive();
+  }
+
+  template <int kColumns, class Fragment>
+  static __device__ auto rows_columns(Fragment& fragment, int first_register) {
+    return make_tensor(fragment.data() + first_register, RowsColumns<kColumns / 4>{});
+  }
+
+  // Starts S = Q K^T of the current K stage.
+  __device__ void issue_qk(FragmentS& acc_s) {
+    MmaQK mma;
+    const auto thread_mma = mma.get_slice(thread_);
+    const auto sQ = make_tensor(make_smem_ptr(smem_.q), typename Config::LayoutQ{});
+    const auto sK = make_tensor(make_smem_ptr(smem_.k), typename Config::LayoutK{});
+    const auto tSrQ = thread_mma.partition_fragment_A(sQ);  // (MMA, M, K, tile)
+    const auto tSrK = thread_mma.partition_fragment_B(sK);  // (MMA, N, K, stage)
+    warpgroup_fence_operand(acc_s);
+    warpgroup_arrive();
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+#pragma unroll
+    for (int chunk = 0; chunk < size<2>(tSrK); ++chunk) {
+      cute::gemm(mma, tSrQ(_, _, chunk, query_tile()), tSrK(_, _, chunk, k_.slot), acc_s);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+  }
+
+  // Starts O += P V over the keys of one softmax step of the current V stage.
+  template <int kStep>
+  __device__ void issue_pv(FragmentP& weights, FragmentO& acc_o) {
+    MmaPV mma;
+    const auto thread_mma = mma.get_slice(thread_);
+    const auto sV = make_tensor(make_smem_ptr(smem_.v), typename Config::LayoutV{});
+    const auto tOrV = thread_mma.partition_fragment_B(sV);  // (MMA, D, K, stage)
+    warpgroup_fence_operand(acc_o);
+    warpgroup_fence_operand(weights);
+    warpgroup_arrive();
+    mma.accumulate_ = GMMA::ScaleOut::One;
+#pragma unroll
+    for (int chunk = 0; chunk < Config::kStepKeys / 16; ++chunk) {
+      cute::gemm(mma, weights(_, _, chunk),
+                 tOrV(_, _, kStep * Config::kStepKeys / 16 + chunk, v_.slot), acc_o);
+    }
+    warpgroup_commit_batch();
+  }
+
+  __device__ void release_keys() {
+    release(smem_.k_empty[k_.slot]);
+    k_.advance();
+  }
+  __device__ void release_values() {
+    release(smem_.v_empty[v_.slot]);
+    v_.advance();
+  }
+
+  static __device__ void round_weights(const FragmentS& acc_s, FragmentP& weights) {
+#pragma unroll
+    for (int i = 0; i < size(weights); ++i) weights(i) = static_cast<Element>(acc_s(i));
+  }
+
+  // The tile's softmax steps one after the other: two may share a vote.
+  __device__ void attend_steps(FragmentS& acc_s, FragmentO& acc_o,
+                               const float (&step_max)[Config::kSteps][2], Softmax& softmax,
+                               int flags) {
+    // Besides saving the work on a step of padding, the branch keeps the weights of the second step
+    // from being formed during the first, for which there are no registers.
+    if (Config::kSteps == 1 || (flags & Config::kPaddedStep) == 0) {
+      attend_step<0>(acc_s, acc_o, step_max, softmax);
+    }
+    if constexpr (Config::kSteps == 2) attend_step<1>(acc_s, acc_o, step_max, softmax);
+  }
+
+  template <int kStep>
+  __device__ void attend_step(FragmentS& acc_s, FragmentO& acc_o,
+                              const float (&step_max)[Config::kSteps][2], Softmax& softmax) {
+    constexpr int kRegisters = Config::kStepKeys / 2;
+    float rescale[2];
+    softmax.weigh(rows_columns<Config::kStepKeys>(acc_s, kStep * kRegisters), step_max[kStep],
+                  scale_log2_, rescale);
+    rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
+    FragmentP weights;
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      weights(i) = static_cast<Element>(acc_s(kStep * kRegisters + i));
+    }
+    issue_pv<kStep>(weights, acc_o);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc_o);
+  }
+
+  // Keys that a row does not see become -inf. Returns whether the warpgroup's rows see any key.
+  __device__ bool apply_mask(FragmentS& acc_s, const Work& work, int row, int row_end) const {
+    const auto& record = smem_.k_record[k_.slot];
+    constexpr int kRegisters = Config::kGranuleKeys / 2;  // of a granule, for both rows
+    const int first_row = max(row, 0);
+    const int first_key = work.first_key(first_row);
+    const int end_key = work.end_key(min(row + kWarpgroupRows, row_end) - 1);
+    bool seen = false;
+#pragma unroll
+    for (int granule = 0; granule < Config::kGranules; ++granule) {
+      const int key = record.key[granule];
+      seen |= first_row < row_end && key < end_key && key + Config::kGranuleKeys > first_key;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query_row = row + row_of(half);
+        const int begin = work.first_key(query_row) - key - thread_ % 4 * 2;
+        const int end = work.end_key(query_row) - key - thread_ % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < kRegisters / 4; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int position = i * 8 + j;
+            if (position < begin || position >= end) {
+              acc_s(granule * kRegisters + i * 4 + half * 2 + j) = negative_infinity();
+            }
+          }
+        }
+      }
+    }
+    return seen;
+  }
+
+  static __device__ void maxima(FragmentS& acc_s, int step, float (&step_max)[2]) {
+    const auto scores = rows_columns<Config::kStepKeys>(acc_s, step * Config::kStepKeys / 2);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float even = scores(row, 0);
+      float odd = scores(row, 1);
+#pragma unroll
+      for (int column = 2; column < size<1>(scores); column += 2) {
+        even = max_nan(even, scores(row, column));
+        odd = max_nan(odd, scores(row, column + 1));
+      }
+      step_max[row] = quad_max(max_nan(even, odd));
+    }
+  }
+
+  // The warpgroup keeps a tile if one of its rows vetoes.
+  __device__ bool vote(const SkipPolicy& policy, const float (&step_max)[Config::kSteps][2],
+                       const Softmax& softmax, int row, int row_end) const {
+    bool veto = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float tile_max = step_max[0][half];
+#pragma unroll
+      for (int step = 1; step < Config::kSteps; ++step) {
+        tile_max = max_nan(tile_max, step_max[step][half]);
+      }
+      const int query_row = row + row_of(half);
+      if (query_row >= 0 && query_row < row_end) {
+        veto |= policy.row_vetoes(tile_max, softmax.row_max[half]);
+      }
+    }
+    return named_barrier_any(kWarpgroupBarrier + warpgroup_, kWarpgroupThreads, veto);
+  }
+
+  // Keeps non-finite values of V from the rows that do not see their keys. All warpgroups come
+  // here for the same tiles; one that skips the tile adds nothing.
+  __device__ void isolate(FragmentO& acc_o, const Work& work, int row, bool adds) {
+    smem_.check_done[check_.slot].wait(check_.phase);
+    const bool non_finite = smem_.check[check_.slot].non_finite != 0;
+    check_.advance();
+    if (!non_finite) return;
+    smem_.v_full[v_.slot].wait(v_.phase);
+    const int rows[2] = {row + row_of(0), row + row_of(1)};
+    if (adds) add_non_finite<Config>(smem_, v_.slot, work, rows, acc_o);
+    named_barrier_sync(kConsumerBarrier, Config::kConsumerThreads);
+    zero_non_finite<Config>(smem_, v_.slot);
+    fence_shared_for_async();
+    named_barrier_sync(kConsumerBarrier, Config::kConsumerThreads);
+  }
+
+  SharedStorage& smem_;
+  float scale_log2_;
+  int thread_;
+  int warpgroup_;
+  RingPosition<Config::kStagesK> k_{0};
+  RingPosition<Config::kStagesV> v_{0};
+  RingPosition<Config::kStagesQ> q_{0};
+  RingPosition<Config::kCheckSlots> check_{0};
+};
+
+}  // namespace attnsieve::sm90

@@ -1,0 +1,115 @@
+"""What the public functions check and convert before they call an op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnsieve.index import BlockIndex
+
+Window = tuple[int, int]
+
+_UNSUPPORTED = "attnsieve unsupported: "  # status.h, Unsupported::kPrefix
+
+
+def call_op(op, *args):
+    """Calls a torch op; a refusal of the library becomes NotImplementedError.
+
+    The ops have no backward yet. Refusing here, instead of registering one that raises, keeps a
+    Python autograd layer (about 10 us a call) out of every forward.
+    """
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                raise NotImplementedError(
+                    f"{op} has no backward yet: call it under torch.no_grad() or detach its inputs"
+                )
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        text = str(error)
+        if _UNSUPPORTED not in text:
+            raise
+        message = text[text.index(_UNSUPPORTED) + len(_UNSUPPORTED) :].split("\nException raised")[
+            0
+        ]
+        raise NotImplementedError(message) from None
+
+
+def window_sides(window: Window | None) -> Window:
+    if window is None:
+        return -1, -1
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise ValueError(f"window: expected a pair (left, right) or None, got {window!r}")
+    return window[0], window[1]
+
+
+def default_scale(q: Tensor, softmax_scale: float | None) -> float:
+    if softmax_scale is not None:
+        return softmax_scale
+    if q.shape[-1] == 0:
+        raise ValueError("q: head_dim must be positive")
+    return q.shape[-1] ** -0.5
+
+
+def lambda_arguments(
+    threshold: float | Tensor | None, q: Tensor, cu_seqlens_q: Tensor | None
+) -> tuple[float | None, Tensor | None]:
+    """A threshold as the op takes it: (one number, None) or (None, ``[B, Hq]``)."""
+    if isinstance(threshold, Tensor):
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != batch):
+            raise ValueError(
+                f"threshold: expected a float or a tensor of shape [] or [{batch}] (batch), "
+                f"got shape {list(threshold.shape)}"
+            )
+        return None, threshold.reshape(-1, 1).expand(batch, q.shape[1])
+    if threshold is None:
+        return None, None
+    if isinstance(threshold, int | float):
+        return float(threshold), None
+    raise TypeError(
+        f"threshold: expected a float, a tensor or None, got {type(threshold).__name__}"
+    )
+
+
+def check_values(
+    q: Tensor,
+    k: Tensor,
+    index: BlockIndex | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+) -> None:
+    """Reads offsets, tables and index on the host and raises for the first bad value."""
+    longest_k = k.shape[-2]
+    for name, offsets, total in (
+        ("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
+        ("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
+    ):
+        if offsets is None:
+            continue
+        values = offsets.tolist()
+        lengths = [end - begin for begin, end in zip(values, values[1:], strict=False)]
+        if values[0] != 0 or values[-1] != total or min(lengths, default=0) < 0:
+            raise ValueError(f"{name}: expected ascending offsets from 0 to {total}, got {values}")
+        if name == "cu_seqlens_k":
+            longest_k = max(lengths, default=0)
+    if block_table is not None and seq_lens is not None:
+        longest_k = _check_pages(k.shape[0], k.shape[1], block_table, seq_lens)
+    if index is not None:
+        index.validate(-(-longest_k // index.block_k))
+
+
+def _check_pages(num_pages: int, page_size: int, block_table: Tensor, seq_lens: Tensor) -> int:
+    """Checks lengths and the table entries that they cover; returns the keys of a full row."""
+    capacity = block_table.shape[1] * page_size
+    tables = block_table.tolist()
+    for b, (length, pages) in enumerate(zip(seq_lens.tolist(), tables, strict=True)):
+        if not 0 <= length <= capacity:
+            raise ValueError(f"seq_lens[{b}] = {length} is outside [0, {capacity}]")
+        for slot, page in enumerate(pages[: -(-length // page_size)]):
+            if not 0 <= page < num_pages:
+                raise ValueError(f"block_table[{b}, {slot}] = {page} is outside [0, {num_pages})")
+    return capacity
