@@ -68,15 +68,20 @@ def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Run]:
 def block_sparse(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, block_q: int, block_k: int
 ) -> dict[str, Run]:
-    """Full-block lists int32 [1, H, nQ, kept], non-causal."""
+    """Full-block lists int32 [1, H, nQ, kept], non-causal. Above 64k keys cuDNN's alone."""
     runs: dict[str, Run] = {}
     kept, n_k = lists.shape[-1], k.shape[2] // block_k
     bsa = _optional("cudnn-bsa", _cudnn_bsa) if block_q == block_k else None
+    long = k.shape[2] > 65536
     if bsa:
         runs["cudnn-bsa"] = lambda: bsa.block_sparse_attention_forward(
             q, k, v, lists, kept, sparse_block_size=block_q, kv_splits=1
         )
-    if block_q != 128:
+    if bsa and block_q == 64 and long:
+        runs["cudnn-bsa-split"] = lambda: bsa.block_sparse_attention_forward(
+            q, k, v, lists, kept, sparse_block_size=block_q, kv_splits="auto"
+        )
+    if block_q != 128 or long:
         return runs
     counts = torch.full(lists.shape[:3], kept, device=q.device, dtype=torch.int32)
     padded = torch.zeros(*lists.shape[:3], n_k, device=q.device, dtype=torch.int32)
@@ -100,3 +105,23 @@ def block_sparse(
         mask = BlockMask.from_kv_blocks(zero_counts, zeros, counts, padded, BLOCK_SIZE=block_q)
         runs["flex"] = lambda: flex(q, k, v, block_mask=mask)
     return runs
+
+
+def causal_gqa(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, below: Tensor, block: int
+) -> dict[str, Run]:
+    """Causal; full blocks `below` the diagonal int32 [1, H, n, n], and the diagonal block."""
+    fa4 = _optional("fa4", _fa4)
+    if not fa4:
+        return {}
+    diagonal = torch.zeros_like(below)
+    diagonal[..., 0] = torch.arange(counts.shape[2], device=q.device, dtype=torch.int32)
+    index = fa4[1](
+        mask_block_cnt=torch.ones_like(counts),
+        mask_block_idx=diagonal,
+        full_block_cnt=counts,
+        full_block_idx=below,
+        block_size=(block, block),
+    )
+    qs, ks, vs = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    return {"fa4": lambda: fa4[0](qs, ks, vs, causal=True, block_sparse_tensors=index)}

@@ -24,17 +24,20 @@ import results
 from compare import device_name
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# What the tools can say about bulk copies and warpgroup MMAs besides their usual checks.
+HOPPER_FLAGS = {"memcheck": ["--check-bulk-copy", "yes", "--check-warpgroup-mma", "yes"]}
+SANITIZER_FLAGS = {t: ["--error-exitcode", "1", *HOPPER_FLAGS.get(t, [])] for t in SANITIZER_TOOLS}
 # Ragged lengths, GQA, every combination of mask, list and vote, both head dims and dtypes.
 SMALL = "--batch 2 --heads 4 --kv-heads 2 --seqlen-q 200 --seqlen-k 333 --iterations 1 --verify"
 CASES = (
     f"{SMALL} --head-dim 64,128 --dtype bf16",
     f"{SMALL} --head-dim 64,128 --dtype fp16 --causal",
-    f"{SMALL} --head-dim 64,128 --block-q 64,128 --block-k 64,128 --density 0.5",
+    f"{SMALL} --head-dim 64,128 --block-q 64,128 --block-k 16,64,128 --density 0.5",
     f"{SMALL} --head-dim 64,128 --causal --threshold 0.1",
     f"{SMALL} --head-dim 64,128 --block-q 64 --block-k 64,128 --density 0.5 --threshold 0.1",
 )
 PYTHON_OPS = ["tests/test_selection_block.py", "tests/test_empty.py", "-k", "cuda and not compile"]
-TIMEOUT_S = 400
+TIMEOUT_S = 500
 
 
 def record(suite: str, passed: int, failed: int, skipped: int, seconds: float) -> dict:
@@ -82,7 +85,7 @@ def _sanitize(tool: str, command: list[str]) -> bool:
     # Without the caching allocator, every tensor is an allocation that memcheck can see the end of.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *command],
+        ["compute-sanitizer", "--tool", tool, *SANITIZER_FLAGS[tool], *command],
         cwd=results.ROOT,
         capture_output=True,
         text=True,

@@ -12,7 +12,9 @@ SERIALISED = re.compile(r"\(C751\d\)")
 
 
 def main() -> int:
-    process = subprocess.run(sys.argv[1:], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.run(
+        sys.argv[1:], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
+    )
     sys.stdout.write(process.stdout)
     if process.returncode == 0 and SERIALISED.search(process.stdout):
         sys.stdout.write("error: wgmma was serialised, see C751x above\n")

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 NOTHING = "Nothing has been recorded yet."
+# Other times of ours that a row may carry, and the column of their ratio.
+OWN_TIMES = {"ours_dense_ms": "our dense / ours", "ours_block128_ms": "our block128 / ours"}
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -74,27 +76,28 @@ def best_peer(row: dict) -> tuple[str, float] | None:
     return min(peers.items(), key=lambda item: item[1]) if peers else None
 
 
+def ratio_text(value: float | None) -> str:
+    """Below 1 is bold."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value >= 1 else f"**{value:.2f}**"
+
+
 def result_cells(row: dict) -> list[str]:
     """One case as the texts of a table row; a ratio below 1 is a loss and bold."""
     best = best_peer(row)
-    peer = ratio = ""
+    peer, value = "", None
     if best is not None:
         peer = f"{best[0]} {number(best[1])}"
         value = row.get("ratio_best_peer") or best[1] / row["ours_ms"]
-        ratio = f"{value:.2f}" if value >= 1 else f"**{value:.2f}**"
-    dense = row.get("ours_dense_ms")
-    over_dense = ""
-    if dense is not None:
-        gain = dense / row["ours_ms"]
-        over_dense = f"{gain:.2f}" if gain >= 1 else f"**{gain:.2f}**"
     return [
         row["case"],
         row.get("dtype", ""),
         number(row["ours_ms"]),
         number(row.get("tf")),
         peer,
-        ratio,
-        over_dense,
+        ratio_text(value),
+        *(ratio_text(row[key] / row["ours_ms"] if key in row else None) for key in OWN_TIMES),
     ]
 
 
@@ -114,7 +117,7 @@ def losses(rows: list[dict]) -> str:
 
 def results() -> str:
     """One table for each results file."""
-    columns = ("case", "dtype", "ms", "TF", "best peer, ms", "peer / ours", "our dense / ours")
+    columns = ("case", "dtype", "ms", "TF", "best peer, ms", "peer / ours", *OWN_TIMES.values())
     parts = []
     for path, rows in files("*.json"):
         if path.stem in ("demo", "tests") or not rows:

@@ -16,7 +16,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void jitter() {
 #ifdef ATTNSIEVE_JITTER
   const uint32_t noise = (static_cast<uint32_t>(clock64()) ^ (threadIdx.x / 32 * 0x9e3779b9u) ^
-                          (blockIdx.x * 0x85ebca6bu)) * 0xc2b2ae35u;
+                          (blockIdx.x * 0x85ebca6bu)) *
+                         0xc2b2ae35u;
   if ((noise >> 28) < 4) __nanosleep((noise >> 16) & 0xfffu);
 #endif
 }
@@ -36,10 +37,10 @@ struct TransactionBarrier {
   // Arrives, and lets the phase wait for `bytes` of bulk copies.
   __device__ __forceinline__ void arrive_expect(uint32_t bytes) {
     jitter();
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(this)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+        "r"(bytes)
+        : "memory");
   }
   // Blocks until the phase of this parity has completed.
   __device__ __forceinline__ void wait(uint32_t parity) {
@@ -53,6 +54,25 @@ struct TransactionBarrier {
         "}" ::"r"(shared_address(this)),
         "r"(parity)
         : "memory");
+  }
+  // The same for warps that mostly wait: between looks they leave issue slots, and power, to the
+  // others.
+  __device__ __forceinline__ void wait_idle(uint32_t parity) {
+    jitter();
+    uint32_t done = 0;
+    while (true) {
+      asm volatile(
+          "{\n"
+          ".reg .pred done;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, done;\n"
+          "}"
+          : "=r"(done)
+          : "r"(shared_address(this)), "r"(parity)
+          : "memory");
+      if (done != 0) return;
+      __nanosleep(40);
+    }
   }
 };
 

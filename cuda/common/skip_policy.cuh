@@ -25,12 +25,10 @@ class ThresholdSkip {
   __device__ ThresholdSkip(const AttendProblem& p, int batch, int head) {
     const Threshold& t = p.threshold;
     float lambda = t.value;
-    if (t.per_head != nullptr)
-      lambda = t.per_head[batch * t.stride_batch + head * t.stride_head];
+    if (t.per_head != nullptr) lambda = t.per_head[batch * t.stride_batch + head * t.stride_head];
     log2_lambda_ = log2f(lambda);
     scale_log2_ = p.softmax_scale * kLog2e;
-    counters_ =
-        t.counters == nullptr ? nullptr : t.counters + (batch * p.num_heads + head) * 2;
+    counters_ = t.counters == nullptr ? nullptr : t.counters + (batch * p.num_heads + head) * 2;
   }
 
   // A row that sees nothing in the tile never vetoes; a NaN always does. lambda = 0 keeps

@@ -85,34 +85,35 @@ struct OnlineSoftmax {
     }
   }
 
-  // Folds a step with maxima `step_max` into the state: scores become weights. What the output
-  // gathered so far must be multiplied by `rescale`. Scores are (row, column).
+  // Folds one row of a step with maximum `step_max` into the state: its scores become weights.
+  // Returns the factor for what the row's output gathered so far. Scores are (row, column).
   template <class Scores>
-  __device__ void weigh(Scores&& scores, const float (&step_max)[kRows], float scale_log2,
-                        float (&rescale)[kRows]) {
+  __device__ float weigh(int row, Scores&& scores, float step_max, float scale_log2) {
+    const float next_max = max_nan(row_max[row], step_max);
+    // A row without a finite logit keeps base 0, so that -inf - base stays -inf instead of NaN.
+    const float base = next_max == negative_infinity() ? 0.0f : base_of(next_max, scale_log2);
+    const float rescale = exp2_approx(base_of(row_max[row], scale_log2) - base);
+    row_max[row] = next_max;
+    float sums[2] = {row_sum[row] * rescale, 0.0f};  // two chains of additions
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const float next_max = max_nan(row_max[row], step_max[row]);
-      // A row without a finite logit keeps base 0, so that -inf - base stays -inf instead of NaN.
-      const float base = next_max == negative_infinity() ? 0.0f : base_of(next_max, scale_log2);
-      rescale[row] = exp2_approx(base_of(row_max[row], scale_log2) - base);
-      row_max[row] = next_max;
-      row_sum[row] *= rescale[row];
-#pragma unroll
-      for (int column = 0; column < cute::size<1>(scores); ++column) {
-        const float weight = exp2_approx(fmaf(scores(row, column), scale_log2, -base));
-        scores(row, column) = weight;
-        row_sum[row] += weight;
-      }
+    for (int column = 0; column < cute::size<1>(scores); ++column) {
+      const float weight = exp2_approx(fmaf(scores(row, column), scale_log2, -base));
+      scores(row, column) = weight;
+      sums[column % 2] += weight;
     }
+    row_sum[row] = sums[0] + sums[1];
+    return rescale;
   }
 
-  // weigh(), and the rescaling of `out` (row, column).
+  // A whole step, `out` (row, column) included.
   template <class Scores, class Out>
   __device__ void update(Scores&& scores, Out&& out, const float (&step_max)[kRows],
                          float scale_log2) {
     float rescale[kRows];
-    weigh(scores, step_max, scale_log2, rescale);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      rescale[row] = weigh(row, scores, step_max[row], scale_log2);
+    }
     rescale_rows(out, rescale);
   }
 };

@@ -133,8 +133,8 @@ __device__ __forceinline__ bool find_sequence(const AttendProblem& p, int64_t ti
     if (owners != 0) {
       const int owner = __ffs(owners) - 1;
       *batch = static_cast<int>(base) + owner;
-      *tile_in_sequence = static_cast<int>(
-          tile - passed - __shfl_sync(0xffffffffu, inclusive - tiles, owner));
+      *tile_in_sequence =
+          static_cast<int>(tile - passed - __shfl_sync(0xffffffffu, inclusive - tiles, owner));
       return true;
     }
     passed += __shfl_sync(0xffffffffu, inclusive, kWarpThreads - 1);

@@ -13,6 +13,15 @@
 namespace attnsieve::cuda {
 namespace {
 
+// The family that the user wishes for, or the only one that this build has.
+const char* forced_backend() {
+  const char* wish = std::getenv("ATTNSIEVE_ATTEND_BACKEND");
+#if !ATTNSIEVE_SM90
+  if (wish == nullptr || wish[0] == '\0') return backend_name(Backend::kSm80);
+#endif
+  return wish;
+}
+
 void check_sizes(const AttendProblem& problem) {
   // Kernels add two positions in 32 bits (kMaxTokens of work_tile.cuh).
   constexpr int64_t kMaxTokens = (int64_t{1} << 30) - 1;
@@ -92,8 +101,7 @@ void attend_on(Backend backend, const AttendProblem& problem, const DeviceInfo& 
 
 void attend(const AttendProblem& problem, void* stream) {
   const DeviceInfo device = current_device();
-  const Backend backend =
-      choose_attend_backend(problem, device, std::getenv("ATTNSIEVE_ATTEND_BACKEND"));
+  const Backend backend = choose_attend_backend(problem, device, forced_backend());
   check_sizes(problem);
   zero_counters(problem, stream);
   if (problem.batch == 0 || problem.seqlen_q == 0) return;

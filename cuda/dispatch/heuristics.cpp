@@ -55,13 +55,17 @@ AttendPlan plan_attend(const AttendProblem& problem) {
   const bool narrow = problem.threshold.skip_block == kUnitKeys;
   plan.voted = problem.threshold.enabled || narrow;
   const bool half_rows = indexed && problem.index.block_q == kGroupRows;
-  plan.pack_heads = half_rows && !narrow && problem.index.heads_per_list > 1 &&
-                    problem.group_size() > 1;
+  plan.pack_heads =
+      half_rows && !narrow && problem.index.heads_per_list > 1 && problem.group_size() > 1;
   plan.warpgroups = narrow || (half_rows && !plan.pack_heads) ? 1 : 2;
   plan.tile_n = narrow || (plan.warpgroups == 1 && !plan.voted) ? 64 : 128;
   plan.piece_keys = piece_keys_of(problem, plan.tile_n);
   plan.interleaved = plan.piece_keys < 64 && problem.head_dim > 64;
-  plan.persistent = indexed && plan.warpgroups == 2;
+  // Resident CTAs load the next item's tiles under this one's epilogue. Not where two share an SM:
+  // the other one's work already fills that gap. Nor in causal dense problems, whose items differ so
+  // much in length that the order in which the hardware hands out CTAs balances them better.
+  const bool even_items = indexed || (!problem.mask.causal && problem.mask.window_right < 0);
+  plan.persistent = plan.warpgroups == 2 && even_items;
   return plan;
 }
 

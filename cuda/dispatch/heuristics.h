@@ -29,12 +29,12 @@ namespace attnsieve::sm90 {
 // How the sm_90 attend kernel is set up for a problem.
 struct AttendPlan {
   int warpgroups = 0;  // of 64 query rows each
-  int tile_n = 0;      // keys of a tile
+  int tile_n = 0;  // keys of a tile
   int piece_keys = 0;  // keys of one bulk copy; a tile is composed of them
   bool voted = false;  // the kernel with tile votes
   bool interleaved = false;  // shared-memory layout that composes tiles of pieces below 64 keys
-  bool pack_heads = false;   // the warpgroups work on heads of one KV group instead of on rows
-  bool persistent = false;   // as many CTAs as fit the device instead of one per work item
+  bool pack_heads = false;  // the warpgroups work on heads of one KV group instead of on rows
+  bool persistent = false;  // as many CTAs as fit the device instead of one per work item
 
   std::string to_string() const;
 };

@@ -36,7 +36,8 @@ CUtensorMap make_tensor_map(const void* data, DType dtype, const TensorMapShape&
     steps[i] = 1;
     // The stride of a dimension of size 1 is never used; it may be anything in a torch tensor.
     if (i > 0) {
-      strides[i - 1] = sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(shape.strides[i]) * kElementBytes;
+      strides[i - 1] =
+          sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(shape.strides[i]) * kElementBytes;
     }
   }
   CUtensorMap map;

@@ -53,7 +53,8 @@ struct Capability {
 
 inline const std::vector<Capability>& capabilities() {
   static const char* const kAttendFeatures =
-      "dense, BlockIndex (block_q in {64, 128}, block_k in {16, 32, 64, 128}), causal, window, GQA, "
+      "dense, BlockIndex (block_q in {64, 128}, block_k in {16, 32, 64, 128}), causal, window, "
+      "GQA, "
       "varlen, paged, strides, lse, sink, threshold";
   static const char* const kSelectFeatures =
       "top-k, fraction, top-p; sink, local and diagonal blocks; causal, window";

@@ -25,7 +25,9 @@ class BlockIndex:
             read; the constructors of this class fill them with -1.
         block_q: query rows per row of the index. ``nQ = ceil(seqlen_q / block_q)``. Attention
             takes 64 and 128.
-        block_k: keys per block id. The last block may be ragged. Attention takes 16, 32, 64, 128.
+        block_k: keys per block id. ``nK = ceil(seqlen_k / block_k)``, over paged K and V
+            ``ceil(max_pages * page_size / block_k)``. The last block may be ragged. Attention
+            takes 16, 32, 64 and 128.
 
     ``Hidx`` is Hq, Hkv or 1: query head ``h`` reads list ``h // (Hq // Hidx)``. Rows are
     intersected with the causal or window mask of the call that uses the index.

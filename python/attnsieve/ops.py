@@ -113,8 +113,9 @@ def block_sparse_attention(
         k, v: ``[B, Hkv, Sk, D]`` or ``[Tk, Hkv, D]``, dtype and device of q; with ``block_table``
             a cache of pages ``[num_pages, page_size, Hkv, D]``, ``page_size`` a multiple of 16.
         index: which KV blocks each q-block attends to; ``block_q`` 64 or 128 with ``block_k`` 16,
-            32, 64 or 128. Its list heads are Hq, Hkv or 1. Rows are intersected with the masks
-            below.
+            32, 64 or 128. Its list heads are Hq, Hkv or 1; heads that share a list may be computed
+            together, so results equal those over repeated lists within rounding. Rows are
+            intersected with the masks below.
         causal: query row i sees keys ``j <= i + Sk - Sq`` (bottom-right).
         window: ``(left, right)`` keys around the same diagonal, -1 for no limit. With ``causal``
             the right side is 0.
@@ -331,6 +332,7 @@ def select_from_scores(
     Args:
         scores: float32 ``[B, H, nQ, nK]``, last dimension contiguous.
         seqlen_q, seqlen_k: lengths in tokens, for the masks and the ragged last blocks.
+        block_q, block_k: 64 or 128 query rows and 16, 32, 64 or 128 keys per block.
         topk: budget of k blocks per row; or
         fraction: budget of ``max(min_blocks, ceil(fraction * visible blocks))`` per row; or
         top_p: fewest blocks whose softmax weight over the row's visible blocks reaches ``top_p``,
@@ -386,7 +388,7 @@ def select_blocks(
     """Selects KV blocks per q-block and query head by mean-pooled scores.
 
     :func:`pooled_block_scores` followed by :func:`select_from_scores`; arguments, ranking and
-    errors are theirs. Batched tensors only.
+    errors are theirs. Batched tensors only: neither packed sequences nor pages.
     """
     scores = pooled_block_scores(
         q, k, block_q=block_q, block_k=block_k, softmax_scale=softmax_scale

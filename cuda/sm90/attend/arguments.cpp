@@ -18,8 +18,15 @@ struct Extent {
   int64_t outer;
 };
 
+// An empty tensor has no address that a map may hold. Nothing is read through its map, or only
+// what lies outside every tensor; q, which is not empty, stands in.
+bool is_empty(const Extent& extent) {
+  return extent.rows == 0 || extent.heads == 0 || extent.outer == 0;
+}
+
 CUtensorMap row_map(const AttendProblem& p, const HeadTensor& tensor, const Extent& extent,
                     int box_rows) {
+  if (is_empty(extent)) return row_map(p, p.q, {1, 1, 1}, box_rows);
   TensorMapShape shape;
   shape.rank = 4;
   shape.sizes = {p.head_dim, extent.rows, extent.heads, extent.outer};
@@ -30,6 +37,7 @@ CUtensorMap row_map(const AttendProblem& p, const HeadTensor& tensor, const Exte
 
 // 8 rows of all slices a box, in the order of an interleaved tile.
 CUtensorMap eight_row_map(const AttendProblem& p, const HeadTensor& tensor, const Extent& extent) {
+  if (is_empty(extent)) return eight_row_map(p, p.q, {1, 1, 1});
   const int columns = slice_columns(p.head_dim);
   const int slices = static_cast<int>(p.head_dim) / columns;
   TensorMapShape shape;
@@ -95,6 +103,11 @@ int lead_rows_of(const AttendProblem& p, const AttendPlan& plan) {
 }  // namespace
 
 AttendArguments make_arguments(const AttendProblem& problem, const AttendPlan& plan) {
+  constexpr int64_t kMaxListKeys = int64_t{1} << 30;  // list positions are counted in 32 bits
+  if (problem.is_indexed() &&
+      static_cast<int64_t>(problem.index.capacity) * problem.index.block_k > kMaxListKeys) {
+    throw InvalidArgument("attend (sm_90): index.columns has room for more than 2^30 keys a row");
+  }
   AttendArguments a{};
   a.problem = problem;
   if (plan.voted && !problem.threshold.enabled) {

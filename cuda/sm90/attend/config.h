@@ -3,9 +3,9 @@
 
 // m64n96 and the other shapes between the powers of two.
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
-#include <cute/tensor.hpp>
 #include <cute/arch/mma_sm90.hpp>
 #include <cute/atom/mma_atom.hpp>
+#include <cute/tensor.hpp>
 
 #include "cuda/common/ptx_sm90.cuh"
 #include "cuda/common/work_tile.cuh"
@@ -61,8 +61,9 @@ struct AttendConfig {
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
 
   // Registers a thread after the warp roles have split: what the launch gave out, redistributed.
-  static constexpr int kProducerRegisters = kWarpgroups == 1 ? 48 : 56;
-  static constexpr int kConsumerRegisters = kWarpgroups == 1 ? 208 : 224;
+  static constexpr int kProducerRegisters = kWarpgroups == 1 && kHeadDim > 64 ? 56 : 72;
+  static constexpr int kConsumerRegisters =
+      ((kWarpgroups == 1 ? 256 : 504) - kProducerRegisters) / kWarpgroups;
 
   // A slice is as wide as one swizzle atom: 64 columns (128 bytes), or 32 where head_dim asks.
   static constexpr int kSliceColumns = slice_columns(kHeadDim);
@@ -84,11 +85,11 @@ struct AttendConfig {
                                    cute::GMMA::Layout_MN_SW64_Atom<Element>>;
   template <class Interleaved, class Plain>
   using Order = std::conditional_t<kInterleaved, Interleaved, Plain>;
-  using LayoutQ = decltype(cute::tile_to_shape(
-      AtomK{},
-      cute::Shape<cute::Int<kWarpgroupRows>, cute::Int<kHeadDim>,
-                  cute::Int<kStagesQ * kWarpgroups>>{},
-      cute::Step<cute::_1, cute::_2, cute::_3>{}));
+  using LayoutQ =
+      decltype(cute::tile_to_shape(AtomK{},
+                                   cute::Shape<cute::Int<kWarpgroupRows>, cute::Int<kHeadDim>,
+                                               cute::Int<kStagesQ * kWarpgroups>>{},
+                                   cute::Step<cute::_1, cute::_2, cute::_3>{}));
   using LayoutK = decltype(cute::tile_to_shape(
       AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStagesK>>{},
       Order<cute::Step<cute::_2, cute::_1, cute::_3>, cute::Step<cute::_1, cute::_2, cute::_3>>{}));
@@ -96,15 +97,15 @@ struct AttendConfig {
       AtomV{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kStagesV>>{},
       Order<cute::Step<cute::_1, cute::_2, cute::_3>, cute::Step<cute::_2, cute::_1, cute::_3>>{}));
   using MmaQK = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float,
-                                 cute::Shape<cute::Int<kWarpgroupRows>, cute::Int<kTileN>,
-                                             cute::Int<kHeadDim>>,
-                                 cute::GMMA::Major::K, cute::GMMA::Major::K>()));
+      cute::GMMA::ss_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kWarpgroupRows>, cute::Int<kTileN>, cute::Int<kHeadDim>>,
+          cute::GMMA::Major::K, cute::GMMA::Major::K>()));
   using MmaPV = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<Element, Element, float,
-                                 cute::Shape<cute::Int<kWarpgroupRows>, cute::Int<kHeadDim>,
-                                             cute::Int<kTileN>>,
-                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+      cute::GMMA::rs_op_selector<
+          Element, Element, float,
+          cute::Shape<cute::Int<kWarpgroupRows>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
+          cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
 
   // Element offset of (row, column) in a tile of `rows` rows: slices behind each other, or the
   // slices of every 8 rows together. Inside a slice, 16-byte chunks are XORed with the row.
@@ -120,7 +121,9 @@ struct AttendConfig {
   // What the consumers need to know of a tile beyond its bytes.
   struct TileRecord {
     int flags;
-    int key[kGranules];  // first key of each granule, kNoKey where there is none; set if masked
+    // Where the tile is masked: first key of each granule, kNoKey where there is none, ~key where
+    // its page is missing and all its keys are masked.
+    int key[kGranules];
   };
   static constexpr int kMaskedTile = 1;  // some row does not see some key
   static constexpr int kCheckedTile = 2;  // and V holds something in that key's row
@@ -134,6 +137,7 @@ struct AttendConfig {
   };
   static constexpr int kCheckSlots = 8;
   static constexpr int kWorkSlots = 4;
+  static constexpr int kIteratorBytes = 32;
   static_assert(kStagesV < kCheckSlots, "a request is answered before its slot comes round again");
 
   struct SharedStorage {
@@ -149,7 +153,16 @@ struct AttendConfig {
     TileRecord v_record[kStagesV];
     Work work[kWorkSlots];
     CheckRequest check[kCheckSlots];
+    alignas(8) unsigned char iterators[kWorkSlots][kIteratorBytes];
+
+    template <class BlockIterator>
+    __device__ BlockIterator& iterator(int slot) {
+      static_assert(sizeof(BlockIterator) <= kIteratorBytes);
+      return reinterpret_cast<BlockIterator&>(iterators[slot]);
+    }
   };
+  static constexpr int kSmBytes = 228 * 1024;  // 1 KB of it is reserved for each CTA
+  static_assert(kCtasPerSm * (sizeof(SharedStorage) + 1024) <= kSmBytes);
 };
 
 // Position in a ring of barriers. Producers start with phase 1: an unused slot counts as empty.

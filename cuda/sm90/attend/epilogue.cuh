@@ -11,16 +11,15 @@ template <class Config, class Mainloop>
 __device__ void store_output(const AttendProblem& problem, const Work& work, int head, int row,
                              int row_end, const Mainloop& mainloop,
                              typename Config::SharedStorage& smem,
-                             typename Mainloop::FragmentO& acc_o,
-                             const OnlineSoftmax<2>& softmax) {
+                             typename Mainloop::FragmentO& acc_o, const OnlineSoftmax<2>& softmax) {
   using Element = typename Config::Element;
   // Opaque, or the addresses below would be formed ahead of the main loop and live through it.
   int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
   asm volatile("" : "+r"(thread));
   const int warp = thread / kWarpThreads;
   const int lane = thread % kWarpThreads;
-  const float sink = problem.sink == nullptr || head >= work.head_end ? negative_infinity()
-                                                                      : problem.sink[head];
+  const float sink =
+      problem.sink == nullptr || head >= work.head_end ? negative_infinity() : problem.sink[head];
   Element* const staged = smem.q + mainloop.query_tile() * Config::kQueryElements;
   const int64_t batch = problem.varlen.cu_seqlens_q != nullptr ? 0 : work.batch;
   // Every warp's MMAs on the Q tile are done before any warp overwrites it.
@@ -49,8 +48,8 @@ __device__ void store_output(const AttendProblem& problem, const Work& work, int
   }
   __syncwarp();
   constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes in a row
-  Element* const out = static_cast<Element*>(problem.out.data) +
-                       batch * problem.out.stride_batch + head * problem.out.stride_head;
+  Element* const out = static_cast<Element*>(problem.out.data) + batch * problem.out.stride_batch +
+                       head * problem.out.stride_head;
 #pragma unroll
   for (int i = lane; i < 16 * kChunks; i += kWarpThreads) {
     const int tile_row = warp * 16 + i / kChunks;

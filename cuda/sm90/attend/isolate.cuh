@@ -1,5 +1,5 @@
 // In a tile where some row does not see some key, 0 * NaN would carry a NaN or Inf of V into rows
-// that must not see it. The producer group's idle warps look for such values while the tile waits;
+// that must not see it. A warp of the producers looks for such values while the tile waits;
 // where there are any, they are added to the rows that see them and replaced by zero for the MMA.
 #pragma once
 
@@ -7,38 +7,37 @@
 
 namespace attnsieve::sm90 {
 
-inline constexpr int kCheckWarps = 2;
-
 template <class Element>
 __device__ __forceinline__ bool is_non_finite(uint32_t bits16) {
   constexpr uint32_t kExponent = std::is_same_v<Element, cute::bfloat16_t> ? 0x7f80u : 0x7c00u;
   return (bits16 & kExponent) == kExponent;
 }
 
-// The checking warps, the last two of the producers' warpgroup.
+// The checking warp. The largest magnitude tells: NaN and Inf have the largest exponents.
 template <class Config>
 __device__ void check_values(typename Config::SharedStorage& smem) {
   using Element = typename Config::Element;
-  constexpr int kCheckers = kCheckWarps * kWarpThreads;
-  const int thread = static_cast<int>(threadIdx.x) % kCheckers;
+  constexpr int kChunks = Config::kTileBytes / 16 / kWarpThreads;  // of 16 bytes, a lane
+  const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   RingPosition<Config::kCheckSlots> position(0);
   while (true) {
-    smem.check_full[position.slot].wait(position.phase);
+    smem.check_full[position.slot].wait_idle(position.phase);
     const typename Config::CheckRequest request = smem.check[position.slot];
     if (request.stage >= Config::kStagesV) return;
     smem.v_full[request.stage].wait(request.parity);
     const auto* chunks =
-        reinterpret_cast<const uint4*>(smem.v + request.stage * Config::kTileElements);
-    bool found = false;
-#pragma unroll 4
-    for (int i = thread; i < Config::kTileBytes / 16; i += kCheckers) {
-      const uint4 chunk = chunks[i];
+        reinterpret_cast<const uint4*>(smem.v + request.stage * Config::kTileElements) + lane;
+    uint32_t largest = 0;  // of each half of a word
+#pragma unroll 8
+    for (int i = 0; i < kChunks; ++i) {
+      const uint4 chunk = chunks[i * kWarpThreads];
       for (uint32_t word : {chunk.x, chunk.y, chunk.z, chunk.w}) {
-        found |= is_non_finite<Element>(word & 0xffffu) || is_non_finite<Element>(word >> 16);
+        largest = __vmaxu2(largest, word & 0x7fff7fffu);
       }
     }
-    found = __any_sync(0xffffffffu, found);
-    if (thread % kWarpThreads == 0) {
+    const bool found = __any_sync(0xffffffffu, is_non_finite<Element>(largest & 0xffffu) ||
+                                                   is_non_finite<Element>(largest >> 16));
+    if (lane == 0) {
       if (found) smem.check[position.slot].non_finite = 1;
       smem.check_done[position.slot].arrive();
     }
@@ -59,12 +58,13 @@ __device__ void add_non_finite(const typename Config::SharedStorage& smem, int s
     int lane = static_cast<int>(threadIdx.x) % 4;
     asm volatile("" : "+r"(lane));
     const int position = smem.v_record[stage].key[key / Config::kGranuleKeys];
-    if (position == Config::kNoKey) continue;
+    if (position < 0 || position == Config::kNoKey) continue;
     const int key_position = position + key % Config::kGranuleKeys;
     bool sees[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      sees[row] = key_position >= work.first_key(rows[row]) && key_position < work.end_key(rows[row]);
+      sees[row] =
+          key_position >= work.first_key(rows[row]) && key_position < work.end_key(rows[row]);
     }
 #pragma unroll
     for (int i = 0; i < cute::size(FragmentO{}); ++i) {

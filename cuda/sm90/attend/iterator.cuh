@@ -1,7 +1,9 @@
-// BlockIterator of the producer warp: which keys fill tile t of a work item, in the visiting order
+// BlockIterator of the producer warps: which keys fill tile t of a work item, in the visiting order
 // of the semantics (the tile with the last visible key first, then the others ascending).
 //   start()   number of tiles; all 32 lanes call it together
-//   key()     first key at `offset` keys into tile `tile` < tiles, or kNoKey
+//   slot()    what stands at `offset` keys into tile `tile` < tiles, or kNoKey
+//   fetch()   starts the load that key() needs
+//   key()     first key at the slot, or kNoKey; `fetched` is what fetch() returned, tiles earlier
 #pragma once
 
 #include "cuda/sm90/attend/config.h"
@@ -12,15 +14,20 @@ namespace attnsieve::sm90 {
 template <class Config>
 class DenseTiles {
  public:
-  __device__ int start(const AttendProblem&, const Work& work) {
+  __device__ int start(const AttendArguments&, const Work& work) {
     first_ = work.visible_begin / Config::kTileN;
     last_ = (work.visible_end - 1) / Config::kTileN;
     return work.visible_end > work.visible_begin ? last_ - first_ + 1 : 0;
   }
 
-  __device__ int key(const AttendProblem&, const Work& work, int tile, int offset) const {
-    const int key = (tile == 0 ? last_ : first_ + tile - 1) * Config::kTileN + offset;
-    return key < work.visible_end ? key : Config::kNoKey;
+  __device__ int slot(int tile, int offset) const {
+    return (tile == 0 ? last_ : first_ + tile - 1) * Config::kTileN + offset;
+  }
+
+  __device__ int fetch(int /*slot*/) const { return 0; }
+
+  __device__ int key(const AttendArguments&, const Work& work, int slot, int /*fetched*/) const {
+    return slot < work.visible_end ? slot : Config::kNoKey;
   }
 
  private:
@@ -30,12 +37,13 @@ class DenseTiles {
 
 // The units of a BlockIndex row between its first and last visible entry, cut into visited tiles of
 // max(skip_block, kTileN) keys in list order. The last, which takes the remainder, is visited first
-// and padded at its front. An invalid entry leaves a gap.
+// and padded at its front. An invalid entry leaves a gap. Slots count keys of the list, so that
+// pieces smaller than a unit have slots of their own.
 template <class Config>
 class ListTiles {
  public:
-  __device__ int start(const AttendProblem& p, const Work& work) {
-    const BlockIndexView& index = p.index;
+  __device__ int start(const AttendArguments& a, const Work& work) {
+    const BlockIndexView& index = a.problem.index;
     const int row = work.row / index.block_q;
     const int list = work.head / index.heads_per_list;
     int count = 0;
@@ -45,66 +53,65 @@ class ListTiles {
     }
     columns_ = index.columns + work.batch * index.columns_stride_batch +
                list * index.columns_stride_head + row * index.columns_stride_row;
-    const int lane = threadIdx.x % kWarpThreads;
-    end_ = max(0, min(count, index.capacity)) * units_per_block(p);
-    while (end_ > 0) {
-      const unsigned visible =
-          __ballot_sync(0xffffffffu, unit_key(p, work, end_ - kWarpThreads + lane) != kNoKey);
-      end_ = visible != 0 ? end_ - __clz(visible) : max(0, end_ - kWarpThreads);
-      if (visible != 0) break;
+    log2_block_ = __ffs(index.block_k) - 1;
+
+    const int unit = index.unit_keys();
+    int end = max(0, min(count, index.capacity)) << log2_block_;
+    const int lane_key = static_cast<int>(threadIdx.x) % kWarpThreads * unit;
+    const int warp_keys = kWarpThreads * unit;
+    const auto visible = [&](int slot) {
+      return slot >= 0 && slot < end && key(a, work, slot, fetch(slot)) != Config::kNoKey;
+    };
+    while (end > 0) {
+      const unsigned found = __ballot_sync(0xffffffffu, visible(end - warp_keys + lane_key));
+      end = found != 0 ? end - __clz(found) * unit : max(0, end - warp_keys);
+      if (found != 0) break;
     }
-    begin_ = 0;
-    while (work.visible_begin > 0 && begin_ < end_) {
-      const unsigned visible = __ballot_sync(
-          0xffffffffu, unit_key(p, work, begin_ + lane) != kNoKey);
-      begin_ += visible != 0 ? __ffs(visible) - 1 : kWarpThreads;
-      if (visible != 0) break;
+    int begin = 0;
+    while (work.visible_begin > 0 && begin < end) {
+      const unsigned found = __ballot_sync(0xffffffffu, visible(begin + lane_key));
+      begin += found != 0 ? (__ffs(found) - 1) * unit : warp_keys;
+      if (found != 0) break;
     }
-    const int units = max(0, end_ - begin_);
-    const int per_tile = Config::kTileN / p.index.unit_keys();
-    const int per_visit = max(p.threshold.skip_block, Config::kTileN) / p.index.unit_keys();
-    first_units_ = units == 0 ? 0 : (units - 1) % per_visit + 1;
-    first_tiles_ = (first_units_ + per_tile - 1) / per_tile;
-    return first_tiles_ + (units - first_units_) / per_tile;
+    const int keys = max(0, end - begin);
+    const int visit_keys = max(a.problem.threshold.skip_block, Config::kTileN);
+    const int first_keys = keys == 0 ? 0 : (keys - 1) % visit_keys + 1;
+    first_tiles_ = (first_keys + Config::kTileN - 1) / Config::kTileN;
+    first_begin_ = end - first_keys;
+    first_slot_ = end - first_tiles_ * Config::kTileN;
+    next_slot_ = begin - first_tiles_ * Config::kTileN;
+    return first_tiles_ + (keys - first_keys) / Config::kTileN;
   }
 
-  __device__ int key(const AttendProblem& p, const Work& work, int tile, int offset) const {
-    const int unit_keys = p.index.unit_keys();
-    const int per_tile = Config::kTileN / unit_keys;
-    int slot = offset / unit_keys;
-    if (tile < first_tiles_) {
-      slot += end_ + (tile - first_tiles_) * per_tile;
-      if (slot < end_ - first_units_) return kNoKey;
-    } else {
-      slot += begin_ + (tile - first_tiles_) * per_tile;
+  __device__ int slot(int tile, int offset) const {
+    const bool first = tile < first_tiles_;
+    const int slot = (first ? first_slot_ : next_slot_) + tile * Config::kTileN + offset;
+    return first && slot < first_begin_ ? Config::kNoKey : slot;
+  }
+
+  __device__ int fetch(int slot) const {
+    return slot == Config::kNoKey ? -1 : __ldg(columns_ + (slot >> log2_block_));
+  }
+
+  // kNoKey also for an invalid id or a unit that no row sees.
+  __device__ int key(const AttendArguments& a, const Work& work, int slot, int column) const {
+    // Past this no id is valid, and the product below fits 32 bits.
+    if (static_cast<unsigned>(column) >= static_cast<unsigned>(kMaxTokens) >> log2_block_) {
+      return Config::kNoKey;
     }
-    const int key = unit_key(p, work, slot);
-    return key == kNoKey ? key : key + offset % unit_keys;
+    const int key = (column << log2_block_) + (slot & ((1 << log2_block_) - 1));
+    const bool visible =
+        key < work.visible_end && key + a.problem.index.unit_keys() > work.visible_begin;
+    return visible ? key : Config::kNoKey;
   }
 
  private:
-  static constexpr int kNoKey = Config::kNoKey;
-
-  static __device__ int units_per_block(const AttendProblem& p) {
-    return p.index.block_k > kUnitKeys ? p.index.block_k / kUnitKeys : 1;
-  }
-
-  // First key of a unit of the list; kNoKey for an invalid id or a unit that no row sees.
-  __device__ int unit_key(const AttendProblem& p, const Work& work, int slot) const {
-    if (slot < 0 || slot >= end_) return kNoKey;
-    const int per_block = units_per_block(p);
-    const int64_t column = columns_[slot / per_block];
-    const int64_t key = column * p.index.block_k + slot % per_block * kUnitKeys;
-    const bool visible = column >= 0 && key < work.visible_end &&
-                         key + p.index.unit_keys() > work.visible_begin;
-    return visible ? static_cast<int>(key) : kNoKey;
-  }
-
   const int32_t* columns_;
-  int begin_;
-  int end_;
-  int first_units_;
+  int log2_block_;
   int first_tiles_;
+  int first_begin_;  // slots before it, in the first tiles, are padding
+  int first_slot_;
+  int next_slot_;
 };
 
 }  // namespace attnsieve::sm90

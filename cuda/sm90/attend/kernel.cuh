@@ -3,16 +3,16 @@
 //                 lse[b, h, i] = ln sum_j exp(scale * q . k), the sink logit included.
 // Roles           CTAs take work items blockIdx.x, + gridDim.x, ...: kWarpgroups x 64 query rows of
 //                 one head, or 64 rows of kWarpgroups heads that share a list. One warpgroup per 64
-//                 rows computes. In a further warpgroup one warp copies, one locates the items, and
-//                 two look for non-finite values in the V of masked tiles.
+//                 rows computes. In a further warpgroup one warp copies Q and K, one V, one locates
+//                 the items, and one looks for non-finite values in the V of masked tiles.
 // Shared memory   Q of kStagesQ items (later their output), kStagesK tiles of K, kStagesV of V, in
 //                 the swizzled layouts of wgmma; a record per tile, a ring of work items.
 // Pipeline        ring        filled by          freed by
-//                 work        locating warp      every consumer warp and the copying warp
+//                 work        locating warp      every consumer warp and both copying warps
 //                 q           bulk copies        every warp of its warpgroup, after its epilogue
 //                 k           bulk copies        every consumer warp, once S is complete
 //                 v           bulk copies        every consumer warp, once O has taken it
-//                 check       producer, checkers (a slot comes round after its V stage was freed)
+//                 check       V's warp, checker  (a slot comes round after its V stage was freed)
 //                 Full barriers of copies complete on bytes: always those of a whole tile, missing
 //                 pieces are zeros from outside the tensor.
 // Invariants      row_max is -inf iff the row saw no finite logit. The tile visited first is the
@@ -27,12 +27,6 @@
 
 namespace attnsieve::sm90 {
 
-template <class Config, class BlockIterator>
-struct KernelStorage {
-  typename Config::SharedStorage shared;
-  BlockIterator iterators[Config::kWorkSlots];
-};
-
 template <class Config>
 __device__ void init_barriers(typename Config::SharedStorage& smem) {
   constexpr int kConsumerWarps = Config::kConsumerThreads / kWarpThreads;
@@ -46,8 +40,8 @@ __device__ void init_barriers(typename Config::SharedStorage& smem) {
   init(smem.k_full, smem.k_empty, Config::kStagesK, 1, kConsumerWarps);
   init(smem.v_full, smem.v_empty, Config::kStagesV, 1, kConsumerWarps);
   init(smem.q_full, smem.q_empty, Config::kStagesQ * Config::kWarpgroups, 1, kWarpgroupWarps);
-  init(smem.work_full, smem.work_empty, Config::kWorkSlots, 1, kConsumerWarps + 1);
-  init(smem.check_full, smem.check_done, Config::kCheckSlots, 1, kCheckWarps);
+  init(smem.work_full, smem.work_empty, Config::kWorkSlots, 1, kConsumerWarps + 2);
+  init(smem.check_full, smem.check_done, Config::kCheckSlots, 1, 1);
 }
 
 template <class Config, class SkipPolicy>
@@ -84,8 +78,7 @@ template <class Config, class BlockIterator, class SkipPolicy>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attend_kernel(const __grid_constant__ AttendArguments arguments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& storage = *reinterpret_cast<KernelStorage<Config, BlockIterator>*>(shared_memory);
-  typename Config::SharedStorage& smem = storage.shared;
+  auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
   if (threadIdx.x == 0) {
     init_barriers<Config>(smem);
     fence_barrier_init();
@@ -96,9 +89,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) % kWarpgroupThreads / kWarpThreads;
     if (warp == 0) {
-      TileProducer<Config, BlockIterator>(arguments, smem, storage.iterators).run();
+      TileProducer<Config, BlockIterator, Operand::kKeys>(arguments, smem).run();
     } else if (warp == 1) {
-      schedule_work<Config>(arguments, smem, storage.iterators);
+      TileProducer<Config, BlockIterator, Operand::kValues>(arguments, smem).run();
+    } else if (warp == 2) {
+      schedule_work<Config, BlockIterator>(arguments, smem);
     } else {
       check_values<Config>(smem);
     }

@@ -25,9 +25,9 @@ void launch_attend_kernel(const AttendArguments& arguments, const AttendPlan& pl
                           void* stream) {
   int64_t ctas = arguments.num_items;
   if (plan.persistent) ctas = std::min<int64_t>(ctas, num_sms * Config::kCtasPerSm);
-  launch<attend_kernel<Config, BlockIterator, SkipPolicy>>(
-      "attend (sm_90)", ctas, Config::kThreads,
-      sizeof(KernelStorage<Config, BlockIterator>), stream, arguments);
+  launch<attend_kernel<Config, BlockIterator, SkipPolicy>>("attend (sm_90)", ctas, Config::kThreads,
+                                                           sizeof(typename Config::SharedStorage),
+                                                           stream, arguments);
 }
 
 template <bool kList, class Config>
@@ -69,7 +69,7 @@ void launch_attend(const AttendArguments& arguments, const AttendPlan& plan, int
 template <class Config, class BlockIterator, class SkipPolicy>
 KernelEntry attend_entry(const char* name) {
   return {name, reinterpret_cast<const void*>(attend_kernel<Config, BlockIterator, SkipPolicy>),
-          Config::kThreads, sizeof(KernelStorage<Config, BlockIterator>)};
+          Config::kThreads, sizeof(typename Config::SharedStorage)};
 }
 
 template <class Element, int kHeadDim, bool kInterleaved, bool kList>

@@ -1,134 +1,110 @@
-// The two warps that keep the rings full: one locates work items, the other copies their tiles.
+// The warps that keep the rings full: one locates work items, one copies Q and the tiles of K, one
+// the tiles of V. A single warp for K and V is too slow: it spends 85 % of a tile's time on issuing
+// (H200, 2026-11-22, lists of 64-key boxes).
 #pragma once
 
 #include "cuda/sm90/attend/schedule.cuh"
 
 namespace attnsieve::sm90 {
 
-// Locates the items of this CTA ahead of time and publishes them, with their iterators.
+// Locates the items of this CTA ahead of time and publishes them, with their iterators. All lanes
+// write the same values: held in shared memory they cost no registers.
 template <class Config, class BlockIterator>
-__device__ void schedule_work(const AttendArguments& a, typename Config::SharedStorage& smem,
-                              BlockIterator* iterators) {
-  const bool leader = threadIdx.x % kWarpThreads == 0;
+__device__ void schedule_work(const AttendArguments& a, typename Config::SharedStorage& smem) {
   RingPosition<Config::kWorkSlots> position(1);
   int item = blockIdx.x;
   while (true) {
-    Work work;
+    smem.work_empty[position.slot].wait_idle(position.phase);
+    Work& work = smem.work[position.slot];
     bool found = false;
     while (!found && item < a.num_items) {
       found = locate<Config>(a, item, &work);
       item += static_cast<int>(gridDim.x);
     }
-    work.tiles = -1;
-    BlockIterator iterator;
-    if (found) work.tiles = iterator.start(a.problem, work);
-    smem.work_empty[position.slot].wait(position.phase);
-    if (leader) {
-      smem.work[position.slot] = work;
-      iterators[position.slot] = iterator;
-      smem.work_full[position.slot].arrive();
-    }
+    __syncwarp();
+    work.tiles = found ? smem.template iterator<BlockIterator>(position.slot).start(a, work) : -1;
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) smem.work_full[position.slot].arrive();
     if (!found) return;
     position.advance();
   }
 }
 
-// Copies tile after tile. Keys are read two tiles ahead and page numbers one, so that no load is
-// waited for where it starts.
-template <class Config, class BlockIterator>
+enum class Operand { kKeys, kValues };
+
+// Copies the tiles of K (and Q) or of V. List entries are read two tiles ahead and page numbers one,
+// so that no load is waited for where it starts.
+template <class Config, class BlockIterator, Operand kOperand>
 class TileProducer {
   using Element = typename Config::Element;
   using SharedStorage = typename Config::SharedStorage;
+  static constexpr bool kKeys = kOperand == Operand::kKeys;
+  static constexpr int kStages = kKeys ? Config::kStagesK : Config::kStagesV;
   static constexpr int kNoKey = Config::kNoKey;
-  static constexpr int kNoPage = -1;
 
  public:
-  __device__ TileProducer(const AttendArguments& arguments, SharedStorage& smem,
-                          const BlockIterator* iterators)
-      : a_(arguments), smem_(smem), iterators_(iterators) {
-    const int lane = threadIdx.x % kWarpThreads;
-    const int lanes_per_piece = Config::kInterleaved ? 1 : Config::kSlices;
-    slice_ = lane % lanes_per_piece;
-    offset_ = lane / lanes_per_piece * a_.piece_keys;
+  __device__ TileProducer(const AttendArguments& arguments, SharedStorage& smem)
+      : a_(arguments), smem_(smem) {
+    offset_ = static_cast<int>(threadIdx.x) % kWarpThreads / kLanesPerPiece * a_.piece_keys;
   }
 
   __device__ void run() {
-    const Work* work = next_work();
-    int key = key_of(0);
-    int key_ahead = key_of(1);
-    while (work->tiles >= 0) {
-      int page = page_of(*work, key);
-      load_queries(*work);
-      Piece previous{kNoKey, 0, 0};
-      const int tiles = work->tiles;
-#pragma unroll 1
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int key_later = key_of(tile + 2);
-        const Piece piece = locate_piece(*work, key, page);
-        load_tile(a_.k, a_.k_groups, smem_.k, smem_.k_full, smem_.k_empty, smem_.k_record, k_,
-                  *work, piece);
-        page = page_of(*work, key_ahead);
-        if (tile > 0) load_values(*work, previous);
-        previous = piece;
-        key = key_ahead;
-        key_ahead = key_later;
-      }
-      const int slot = work_.slot;
-      work_.advance();
-      const Work* const next = next_work();
-      key = key_of(0);
-      key_ahead = key_of(1);
-      if (tiles > 0) load_values(*work, previous);
+    while (true) {
+      smem_.work_full[work_.slot].wait(work_.phase);
+      // Copies: registers are cheaper than reading shared memory again for every tile.
+      const Work work = smem_.work[work_.slot];
+      const BlockIterator iterator = smem_.template iterator<BlockIterator>(work_.slot);
+      if (work.tiles < 0) break;
       __syncwarp();
-      if (is_leader()) smem_.work_empty[slot].arrive();
-      work = next;
+      if (is_leader()) smem_.work_empty[work_.slot].arrive();
+      work_.advance();
+
+      // Of the next even and the next odd tile. Moving a load's result from one register to another
+      // would wait for it.
+      int fetched[2] = {fetch(work, iterator, 0), fetch(work, iterator, 1)};
+      if constexpr (kKeys) load_queries(work);
+      Piece piece = resolve(work, iterator, 0, fetched[0]);
+      const auto load = [&](int tile, auto parity) {
+        constexpr int kParity = decltype(parity)::value;
+        fetched[kParity] = fetch(work, iterator, tile + 2);
+        load_tile(work, piece);
+        piece = resolve(work, iterator, tile + 1, fetched[1 - kParity]);
+      };
+#pragma unroll 1
+      for (int tile = 0; tile < work.tiles; tile += 2) {
+        load(tile, cute::Int<0>{});
+        if (tile + 1 < work.tiles) load(tile + 1, cute::Int<1>{});
+      }
     }
-    request_check(Config::kStagesV, 0);
+    if constexpr (!kKeys) request_check(Config::kStagesV, 0);
   }
 
  private:
   // What this lane copies of a tile.
   struct Piece {
-    int key;  // first key, kNoKey for none
+    int key;  // first key, kNoKey for none, ~key where its page is missing
     int page;
-    int flags;  // of the whole tile
   };
 
+  static constexpr int kLanesPerPiece = Config::kInterleaved ? 1 : Config::kSlices;
+  static __device__ int slice() { return threadIdx.x % kLanesPerPiece; }
+  static __device__ bool is_real(int key) { return key >= 0 && key != kNoKey; }
   static __device__ bool is_leader() { return threadIdx.x % kWarpThreads == 0; }
 
-  __device__ const Work* next_work() {
-    smem_.work_full[work_.slot].wait(work_.phase);
-    return &smem_.work[work_.slot];
+  // Starts the load that resolves this lane's part of a tile.
+  __device__ int fetch(const Work& work, const BlockIterator& iterator, int tile) const {
+    if (offset_ >= Config::kTileN || tile >= work.tiles) return -1;
+    return iterator.fetch(iterator.slot(tile, offset_));
   }
 
-  // First key of this lane's piece of a tile of the current item.
-  __device__ int key_of(int tile) const {
-    const Work& work = smem_.work[work_.slot];
-    if (offset_ >= Config::kTileN || tile >= work.tiles) return kNoKey;
-    return iterators_[work_.slot].key(a_.problem, work, tile, offset_);
-  }
-
-  __device__ int page_of(const Work& work, int key) const {
+  // Starts the load of the page number where K and V are paged.
+  __device__ Piece resolve(const Work& work, const BlockIterator& iterator, int tile,
+                           int fetched) const {
+    if (offset_ >= Config::kTileN || tile >= work.tiles) return {kNoKey, 0};
+    const int key = iterator.key(a_, work, iterator.slot(tile, offset_), fetched);
     const PagedKv& paged = a_.problem.paged;
-    if (paged.block_table == nullptr || key == kNoKey) return kNoPage;
-    return paged.block_table[work.batch * paged.table_stride_batch + key / paged.page_size];
-  }
-
-  __device__ Piece locate_piece(const Work& work, int key, int page) const {
-    const bool active = offset_ < Config::kTileN;
-    const PagedKv& paged = a_.problem.paged;
-    if (paged.block_table != nullptr && (page < 0 || page >= paged.num_pages)) key = kNoKey;
-    const bool partial =
-        active && (key < work.full_begin || key + a_.piece_keys > work.full_end);
-    int flags = 0;
-    if (__any_sync(0xffffffffu, partial)) {
-      flags = Config::kMaskedTile;
-      if (__any_sync(0xffffffffu, partial && key != kNoKey)) flags |= Config::kCheckedTile;
-      if (!__any_sync(0xffffffffu, offset_ < Config::kStepKeys && key != kNoKey)) {
-        flags |= Config::kPaddedStep;
-      }
-    }
-    return {key, page, flags};
+    if (paged.block_table == nullptr || key == kNoKey) return {key, 0};
+    return {key, paged.block_table[work.batch * paged.table_stride_batch + key / paged.page_size]};
   }
 
   __device__ void load_queries(const Work& work) {
@@ -151,15 +127,39 @@ class TileProducer {
     q_.advance();
   }
 
-  __device__ void load_values(const Work& work, const Piece& piece) {
-    const int stage = v_.slot;
-    const uint32_t parity = v_.phase ^ 1;  // of the fill about to start
-    load_tile(a_.v, a_.v_groups, smem_.v, smem_.v_full, smem_.v_empty, smem_.v_record, v_, work,
-              piece);
-    if ((piece.flags & Config::kCheckedTile) != 0) request_check(stage, parity);
+  // Fills the next stage, this lane's piece among the others.
+  __device__ void load_tile(const Work& work, Piece piece) {
+    const PagedKv& paged = a_.problem.paged;
+    const bool active = offset_ < Config::kTileN;
+    if (paged.block_table != nullptr && piece.key != kNoKey &&
+        (piece.page < 0 || piece.page >= paged.num_pages)) {
+      piece.key = ~piece.key;  // counts as part of the tile, but there is nothing to read
+    }
+    const int key = piece.key;
+    const bool partial = active && (key < work.full_begin || key + a_.piece_keys > work.full_end);
+    int flags = 0;
+    if (__any_sync(0xffffffffu, partial)) {
+      flags = Config::kMaskedTile;
+      if (__any_sync(0xffffffffu, partial && is_real(key))) flags |= Config::kCheckedTile;
+      if (!__any_sync(0xffffffffu, offset_ < Config::kStepKeys && key != kNoKey)) {
+        flags |= Config::kPaddedStep;
+      }
+    }
+    const int stage = position_.slot;
+    TransactionBarrier& full = kKeys ? smem_.k_full[stage] : smem_.v_full[stage];
+    Element* const tile = (kKeys ? smem_.k : smem_.v) + stage * Config::kTileElements;
+    (kKeys ? smem_.k_empty[stage] : smem_.v_empty[stage]).wait_idle(position_.phase);
+    record(kKeys ? smem_.k_record[stage] : smem_.v_record[stage], piece, flags);
+    if (is_leader()) full.arrive_expect(Config::kTileBytes);
+    __syncwarp();
+    if (active) copy_piece(tile, full, work, piece);
+    if (!kKeys && (flags & Config::kCheckedTile) != 0) {
+      request_check(stage, position_.phase ^ 1);  // the parity of this fill
+    }
+    position_.advance();
   }
 
-  // Asks the checking warps to look for NaN and Inf in a V stage; a stage past the last ends them.
+  // Asks the checking warp to look for NaN and Inf in a V stage; a stage past the last ends them.
   __device__ void request_check(int stage, uint32_t parity) {
     if (is_leader()) {
       smem_.check[check_.slot] = {stage, parity, 0};
@@ -168,51 +168,38 @@ class TileProducer {
     check_.advance();
   }
 
-  // Fills one stage of K or V, this lane's piece among the others.
-  template <int kStages>
-  __device__ void load_tile(const CUtensorMap& map, const CUtensorMap& group_map, Element* tiles,
-                            TransactionBarrier (&full)[kStages],
-                            TransactionBarrier (&empty)[kStages],
-                            typename Config::TileRecord (&records)[kStages],
-                            RingPosition<kStages>& position, const Work& work,
-                            const Piece& piece) {
-    const int stage = position.slot;
-    const bool active = offset_ < Config::kTileN;
-    empty[stage].wait(position.phase);
-    auto& record = records[stage];
-    if (piece.flags != 0 && active && slice_ == 0) {
+  // What the consumers will want to know of a tile: written before its barrier is armed.
+  __device__ void record(typename Config::TileRecord& record, const Piece& piece, int flags) const {
+    if (flags != 0 && offset_ < Config::kTileN && slice() == 0) {
       for (int granule = 0; granule < a_.piece_keys; granule += Config::kGranuleKeys) {
-        record.key[(offset_ + granule) / Config::kGranuleKeys] =
-            piece.key == kNoKey ? kNoKey : piece.key + granule;
+        int key = piece.key;
+        if (key < 0)
+          key -= granule;  // ~(k + granule) = ~k - granule
+        else if (key != kNoKey)
+          key += granule;
+        record.key[(offset_ + granule) / Config::kGranuleKeys] = key;
       }
     }
+    if (is_leader()) record.flags = flags;
     __syncwarp();
-    if (is_leader()) {
-      record.flags = piece.flags;
-      full[stage].arrive_expect(Config::kTileBytes);
-    }
-    __syncwarp();
-    if (active) {
-      copy_piece(map, group_map, tiles + stage * Config::kTileElements, full[stage], work, piece);
-    }
-    position.advance();
   }
 
   // A piece without keys is copied from behind the tensor: zeros, no traffic, the same bytes.
-  __device__ void copy_piece(const CUtensorMap& map, const CUtensorMap& group_map, Element* tile,
-                             TransactionBarrier& full, const Work& work,
+  __device__ void copy_piece(Element* tile, TransactionBarrier& full, const Work& work,
                              const Piece& piece) const {
+    const CUtensorMap& map = kKeys ? a_.k : a_.v;
+    const CUtensorMap& group_map = kKeys ? a_.k_groups : a_.v_groups;
     const PagedKv& paged = a_.problem.paged;
     int row = kNoKey;
     int outer = 0;  // batch or page
-    if (piece.key != kNoKey) {
+    if (is_real(piece.key)) {
       const bool is_paged = paged.block_table != nullptr;
       row = is_paged ? piece.key % paged.page_size : work.token_k + piece.key;
       outer = is_paged ? piece.page : (a_.problem.varlen.cu_seqlens_k != nullptr ? 0 : work.batch);
     }
     if constexpr (!Config::kInterleaved) {
-      copy_box_4d(tile + (slice_ * Config::kTileN + offset_) * Config::kSliceColumns, &map, full,
-                  slice_ * Config::kSliceColumns, row, work.kv_head, outer);
+      copy_box_4d(tile + (slice() * Config::kTileN + offset_) * Config::kSliceColumns, &map, full,
+                  slice() * Config::kSliceColumns, row, work.kv_head, outer);
     } else {
       Element* target = tile + offset_ * Config::kHeadDim;
       const int64_t group_row = static_cast<int64_t>(outer) * a_.rows_per_batch + row;
@@ -231,11 +218,8 @@ class TileProducer {
 
   const AttendArguments& a_;
   SharedStorage& smem_;
-  const BlockIterator* iterators_;
-  int slice_;
   int offset_;  // keys of this lane's piece into the tile
-  RingPosition<Config::kStagesK> k_{1};
-  RingPosition<Config::kStagesV> v_{1};
+  RingPosition<kStages> position_{1};
   RingPosition<Config::kStagesQ> q_{1};
   RingPosition<Config::kWorkSlots> work_{0};
   RingPosition<Config::kCheckSlots> check_{1};

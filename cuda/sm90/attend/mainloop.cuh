@@ -27,14 +27,14 @@ class AttendMainloop {
   using SharedStorage = typename Config::SharedStorage;
   using MmaQK = typename Config::MmaQK;
   using MmaPV = typename Config::MmaPV;
-  using FragmentO = decltype(partition_fragment_C(
-      MmaPV{}, Shape<Int<kWarpgroupRows>, Int<Config::kHeadDim>>{}));
-  using FragmentS = decltype(partition_fragment_C(
-      MmaQK{}, Shape<Int<kWarpgroupRows>, Int<Config::kTileN>>{}));
+  using FragmentO =
+      decltype(partition_fragment_C(MmaPV{}, Shape<Int<kWarpgroupRows>, Int<Config::kHeadDim>>{}));
+  using FragmentS =
+      decltype(partition_fragment_C(MmaQK{}, Shape<Int<kWarpgroupRows>, Int<Config::kTileN>>{}));
   // The weights of a softmax step in the order of the A operand: what the accumulator of S holds,
   // rounded.
-  using FragmentP = decltype(make_tensor<Element>(
-      Shape<Shape<_2, _2, _2>, _1, Int<Config::kStepKeys / 16>>{}));
+  using FragmentP =
+      decltype(make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<Config::kStepKeys / 16>>{}));
   using Softmax = OnlineSoftmax<2>;
 
   __device__ AttendMainloop(const AttendProblem& problem, SharedStorage& smem)
@@ -73,34 +73,32 @@ class AttendMainloop {
     static_assert(SkipPolicy::kVotes || Config::kSteps == 1);
     FragmentS acc_s;
     FragmentP weights;
-    float step_max[2];
     float rescale[2];
 
     smem_.k_full[k_.slot].wait(k_.phase);
     issue_qk(acc_s);
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc_s);
+    const int tiles = work.tiles;
     int flags = smem_.k_record[k_.slot].flags;
     if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work, row, row_end);
     release_keys();
-    maxima(acc_s, 0, step_max);
-    softmax.weigh(rows_columns<Config::kTileN>(acc_s, 0), step_max, scale_log2_, rescale);
+    weigh_rows(acc_s, softmax, rescale);
     round_weights(acc_s, weights);
     if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, row, true);
 
 #pragma unroll 1
-    for (int tile = 1; tile < work.tiles; ++tile) {
+    for (int tile = 1; tile < tiles; ++tile) {
       smem_.k_full[k_.slot].wait(k_.phase);
+      flags = smem_.k_record[k_.slot].flags;
       issue_qk(acc_s);
       smem_.v_full[v_.slot].wait(v_.phase);
       issue_pv<0>(weights, acc_o);
       warpgroup_wait<1>();
       warpgroup_fence_operand(acc_s);
-      flags = smem_.k_record[k_.slot].flags;
       if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work, row, row_end);
       release_keys();
-      maxima(acc_s, 0, step_max);
-      softmax.weigh(rows_columns<Config::kTileN>(acc_s, 0), step_max, scale_log2_, rescale);
+      weigh_rows(acc_s, softmax, rescale);
       warpgroup_wait<0>();
       warpgroup_fence_operand(acc_o);
       release_values();
@@ -132,7 +130,10 @@ class AttendMainloop {
       release_keys();
       float step_max[Config::kSteps][2];
 #pragma unroll
-      for (int step = 0; step < Config::kSteps; ++step) maxima(acc_s, step, step_max[step]);
+      for (int step = 0; step < Config::kSteps; ++step) {
+        step_max[step][0] = maximum(acc_s, step, 0);
+        step_max[step][1] = maximum(acc_s, step, 1);
+      }
       bool kept = vote(policy, step_max, softmax, row, row_end);
       if (seen) {
         kept |= !visited;  // the first visited tile is never skipped
@@ -225,8 +226,11 @@ class AttendMainloop {
                               const float (&step_max)[Config::kSteps][2], Softmax& softmax) {
     constexpr int kRegisters = Config::kStepKeys / 2;
     float rescale[2];
-    softmax.weigh(rows_columns<Config::kStepKeys>(acc_s, kStep * kRegisters), step_max[kStep],
-                  scale_log2_, rescale);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      rescale[row] = softmax.weigh(row, rows_columns<Config::kStepKeys>(acc_s, kStep * kRegisters),
+                                   step_max[kStep][row], scale_log2_);
+    }
     rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
     FragmentP weights;
 #pragma unroll
@@ -248,8 +252,10 @@ class AttendMainloop {
     bool seen = false;
 #pragma unroll
     for (int granule = 0; granule < Config::kGranules; ++granule) {
-      const int key = record.key[granule];
-      seen |= first_row < row_end && key < end_key && key + Config::kGranuleKeys > first_key;
+      int key = record.key[granule];
+      const int place = key < 0 ? ~key : key;
+      seen |= first_row < row_end && place < end_key && place + Config::kGranuleKeys > first_key;
+      if (key < 0) key = Config::kNoKey;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int query_row = row + row_of(half);
@@ -270,18 +276,25 @@ class AttendMainloop {
     return seen;
   }
 
-  static __device__ void maxima(FragmentS& acc_s, int step, float (&step_max)[2]) {
+  static __device__ float maximum(FragmentS& acc_s, int step, int row) {
     const auto scores = rows_columns<Config::kStepKeys>(acc_s, step * Config::kStepKeys / 2);
+    float even = scores(row, 0);
+    float odd = scores(row, 1);
+#pragma unroll
+    for (int column = 2; column < size<1>(scores); column += 2) {
+      even = max_nan(even, scores(row, column));
+      odd = max_nan(odd, scores(row, column + 1));
+    }
+    return quad_max(max_nan(even, odd));
+  }
+
+  // The softmax of a tile that is one step. Row by row, so that the second row's maximum is found
+  // while the exponentials of the first are under way.
+  __device__ void weigh_rows(FragmentS& acc_s, Softmax& softmax, float (&rescale)[2]) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float even = scores(row, 0);
-      float odd = scores(row, 1);
-#pragma unroll
-      for (int column = 2; column < size<1>(scores); column += 2) {
-        even = max_nan(even, scores(row, column));
-        odd = max_nan(odd, scores(row, column + 1));
-      }
-      step_max[row] = quad_max(max_nan(even, odd));
+      rescale[row] = softmax.weigh(row, rows_columns<Config::kStepKeys>(acc_s, 0),
+                                   maximum(acc_s, 0, row), scale_log2_);
     }
   }
 

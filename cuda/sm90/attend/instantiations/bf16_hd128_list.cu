@@ -2,6 +2,6 @@
 
 namespace attnsieve::sm90 {
 template void launch_attend<cute::bfloat16_t, 128, false, true>(const AttendArguments&,
-                                                               const AttendPlan&, int, void*);
+                                                                const AttendPlan&, int, void*);
 template std::vector<KernelEntry> attend_entries<cute::bfloat16_t, 128, false, true>();
 }  // namespace attnsieve::sm90

@@ -2,6 +2,6 @@
 
 namespace attnsieve::sm90 {
 template void launch_attend<cute::half_t, 128, true, true>(const AttendArguments&,
-                                                               const AttendPlan&, int, void*);
+                                                           const AttendPlan&, int, void*);
 template std::vector<KernelEntry> attend_entries<cute::half_t, 128, true, true>();
 }  // namespace attnsieve::sm90
