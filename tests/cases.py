@@ -78,6 +78,11 @@ def backend_marks(backend: str | None) -> list:
     return [cuda_only]
 
 
+def forced_backend() -> str | None:
+    """The attend backend that the running test forces; None on the CPU."""
+    return os.environ.get(FORCE_BACKEND) or None
+
+
 def device_of(backend: str) -> str:
     return "cpu" if backend == "cpu" else "cuda"
 
