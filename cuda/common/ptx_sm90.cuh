@@ -87,10 +87,6 @@ __device__ __forceinline__ void fence_shared_for_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 __device__ __forceinline__ void copy_box_4d(void* smem, const CUtensorMap* map,
                                             TransactionBarrier& barrier, int c0, int c1, int c2,
                                             int c3) {
@@ -114,6 +110,12 @@ __device__ __forceinline__ void copy_box_5d(void* smem, const CUtensorMap* map,
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   jitter();
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts towards a named_barrier_sync of others without waiting for it.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  jitter();
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Synchronises `threads` threads; true if the predicate holds for one of them.

@@ -85,24 +85,44 @@ struct OnlineSoftmax {
     }
   }
 
-  // Folds one row of a step with maximum `step_max` into the state: its scores become weights.
-  // Returns the factor for what the row's output gathered so far. Scores are (row, column).
-  template <class Scores>
-  __device__ float weigh(int row, Scores&& scores, float step_max, float scale_log2) {
+  // One row of a step under way.
+  struct Row {
+    float base;
+    float rescale;  // factor for what the row's output gathered so far
+    float sums[2];  // two chains of additions
+  };
+
+  // Takes the step's maximum into the state.
+  __device__ Row begin(int row, float step_max, float scale_log2) {
     const float next_max = max_nan(row_max[row], step_max);
+    Row step;
     // A row without a finite logit keeps base 0, so that -inf - base stays -inf instead of NaN.
-    const float base = next_max == negative_infinity() ? 0.0f : base_of(next_max, scale_log2);
-    const float rescale = exp2_approx(base_of(row_max[row], scale_log2) - base);
+    step.base = next_max == negative_infinity() ? 0.0f : base_of(next_max, scale_log2);
+    step.rescale = exp2_approx(base_of(row_max[row], scale_log2) - step.base);
+    step.sums[0] = row_sum[row] * step.rescale;
+    step.sums[1] = 0.0f;
     row_max[row] = next_max;
-    float sums[2] = {row_sum[row] * rescale, 0.0f};  // two chains of additions
+    return step;
+  }
+
+  // The row's scores, (row, column), become weights; their sum enters the state.
+  template <class Scores>
+  __device__ void weigh(int row, Row& step, Scores&& scores, float scale_log2) {
 #pragma unroll
     for (int column = 0; column < cute::size<1>(scores); ++column) {
-      const float weight = exp2_approx(fmaf(scores(row, column), scale_log2, -base));
+      const float weight = exp2_approx(fmaf(scores(row, column), scale_log2, -step.base));
       scores(row, column) = weight;
-      sums[column % 2] += weight;
+      step.sums[column % 2] += weight;
     }
-    row_sum[row] = sums[0] + sums[1];
-    return rescale;
+    row_sum[row] = step.sums[0] + step.sums[1];
+  }
+
+  // Both, for rows whose order does not matter. Returns the factor for the output.
+  template <class Scores>
+  __device__ float weigh(int row, Scores&& scores, float step_max, float scale_log2) {
+    Row step = begin(row, step_max, scale_log2);
+    weigh(row, step, scores, scale_log2);
+    return step.rescale;
   }
 
   // A whole step, `out` (row, column) included.

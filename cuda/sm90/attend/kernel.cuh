@@ -54,7 +54,7 @@ __device__ void consume(const AttendArguments& arguments, typename Config::Share
   while (true) {
     smem.work_full[position.slot].wait(position.phase);
     const Work& work = smem.work[position.slot];
-    if (work.tiles < 0) return;
+    if (work.tiles < 0) break;
     const int head = work.head + (arguments.pack_heads ? warpgroup : 0);
     const int row = work.row + (arguments.pack_heads ? 0 : warpgroup * kWarpgroupRows);
     const int row_end = head < work.head_end ? work.seqlen_q : 0;
@@ -72,6 +72,7 @@ __device__ void consume(const AttendArguments& arguments, typename Config::Share
     if (threadIdx.x % kWarpThreads == 0) smem.work_empty[position.slot].arrive();
     position.advance();
   }
+  mainloop.finish();
 }
 
 template <class Config, class BlockIterator, class SkipPolicy>

@@ -7,24 +7,26 @@
 
 namespace attnsieve::sm90 {
 
-// Locates the items of this CTA ahead of time and publishes them, with their iterators. All lanes
-// write the same values: held in shared memory they cost no registers.
+// Locates the items of this CTA ahead of time and publishes them, with their iterators.
 template <class Config, class BlockIterator>
 __device__ void schedule_work(const AttendArguments& a, typename Config::SharedStorage& smem) {
   RingPosition<Config::kWorkSlots> position(1);
   int item = blockIdx.x;
   while (true) {
-    smem.work_empty[position.slot].wait_idle(position.phase);
-    Work& work = smem.work[position.slot];
+    Work work;
     bool found = false;
     while (!found && item < a.num_items) {
       found = locate<Config>(a, item, &work);
       item += static_cast<int>(gridDim.x);
     }
-    __syncwarp();
-    work.tiles = found ? smem.template iterator<BlockIterator>(position.slot).start(a, work) : -1;
-    __syncwarp();
-    if (threadIdx.x % kWarpThreads == 0) smem.work_full[position.slot].arrive();
+    BlockIterator iterator;
+    work.tiles = found ? iterator.start(a, work) : -1;
+    smem.work_empty[position.slot].wait_idle(position.phase);
+    if (threadIdx.x % kWarpThreads == 0) {
+      smem.work[position.slot] = work;
+      smem.template iterator<BlockIterator>(position.slot) = iterator;
+      smem.work_full[position.slot].arrive();
+    }
     if (!found) return;
     position.advance();
   }

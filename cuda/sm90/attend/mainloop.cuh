@@ -1,5 +1,9 @@
 // One warpgroup's loop over the tiles of a work item: S = Q K^T -> mask -> online softmax ->
 // O += P V, with the next S issued before the last P V. Touches no global memory.
+//
+// Order of a tile, pinned (order.cuh) where ptxas chooses another: maximum of row 0; its weights,
+// under which the maximum of row 1 is found; the wait for P V of the tile before, which gives V
+// back; the weights of row 1, under which O is rescaled and the weights are rounded.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -7,13 +11,16 @@
 #include "cuda/common/skip_policy.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/sm90/attend/isolate.cuh"
+#include "cuda/sm90/attend/order.cuh"
 
 namespace attnsieve::sm90 {
 
 using namespace cute;
 
-// Named barriers: one per warpgroup, one of all consumers. 0 is __syncthreads.
+// Named barriers: one per warpgroup, one per warpgroup for its turn at the tensor cores, one of all
+// consumers. 0 is __syncthreads.
 inline constexpr int kWarpgroupBarrier = 1;
+inline constexpr int kTurnBarrier = 4;
 inline constexpr int kConsumerBarrier = 8;
 
 // kColumns registers of an accumulator ((2 columns, 2 rows, n8 tiles), 1, 1) as (rows, columns).
@@ -41,7 +48,13 @@ class AttendMainloop {
       : smem_(smem),
         scale_log2_(problem.softmax_scale * kLog2e),
         thread_(static_cast<int>(threadIdx.x) % kWarpgroupThreads),
-        warpgroup_(cutlass::canonical_warp_group_idx()) {}
+        warpgroup_(cutlass::canonical_warp_group_idx()) {
+    if (kTakesTurns && warpgroup_ == 1) pass_turn();
+  }
+  // Takes the turn that is left over.
+  __device__ void finish() const {
+    if (kTakesTurns && warpgroup_ == 0) await_turn();
+  }
 
   // Query row of accumulator row 0 or 1 of this thread, within the warpgroup's 64.
   __device__ int row_of(int row) const { return thread_ / 32 * 16 + thread_ % 32 / 4 + row * 8; }
@@ -73,17 +86,21 @@ class AttendMainloop {
     static_assert(SkipPolicy::kVotes || Config::kSteps == 1);
     FragmentS acc_s;
     FragmentP weights;
-    float rescale[2];
 
     smem_.k_full[k_.slot].wait(k_.phase);
     issue_qk(acc_s);
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc_s);
     const int tiles = work.tiles;
+    const Order order(tiles);
     int flags = smem_.k_record[k_.slot].flags;
     if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work, row, row_end);
     release_keys();
-    weigh_rows(acc_s, softmax, rescale);
+    const auto scores = rows_columns<Config::kStepKeys>(acc_s, 0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      softmax.weigh(half, scores, maximum(acc_s, 0, half), scale_log2_);
+    }
     round_weights(acc_s, weights);
     if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, row, true);
 
@@ -91,19 +108,27 @@ class AttendMainloop {
     for (int tile = 1; tile < tiles; ++tile) {
       smem_.k_full[k_.slot].wait(k_.phase);
       flags = smem_.k_record[k_.slot].flags;
+      if constexpr (kTakesTurns) await_turn();
       issue_qk(acc_s);
       smem_.v_full[v_.slot].wait(v_.phase);
       issue_pv<0>(weights, acc_o);
+      if constexpr (kTakesTurns) pass_turn();
       warpgroup_wait<1>();
       warpgroup_fence_operand(acc_s);
       if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work, row, row_end);
       release_keys();
-      weigh_rows(acc_s, softmax, rescale);
+      auto row0 = softmax.begin(0, maximum(acc_s, 0, 0), scale_log2_);
+      scores(1, 0) = order.after(scores(1, 0), row0.base);
+      softmax.weigh(0, row0, scores, scale_log2_);
+      auto row1 = softmax.begin(1, maximum(acc_s, 0, 1), scale_log2_);
+      order.complete(softmax.row_sum[0]);
       warpgroup_wait<0>();
       warpgroup_fence_operand(acc_o);
       release_values();
+      row1.base = order.after(row1.base, acc_o(0));
+      softmax.weigh(1, row1, scores, scale_log2_);
       round_weights(acc_s, weights);
-      rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
+      rescale_output(acc_o, {row0.rescale, row1.rescale});
       if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, row, true);
     }
     smem_.v_full[v_.slot].wait(v_.phase);
@@ -288,14 +313,13 @@ class AttendMainloop {
     return quad_max(max_nan(even, odd));
   }
 
-  // The softmax of a tile that is one step. Row by row, so that the second row's maximum is found
-  // while the exponentials of the first are under way.
-  __device__ void weigh_rows(FragmentS& acc_s, Softmax& softmax, float (&rescale)[2]) const {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      rescale[row] = softmax.weigh(row, rows_columns<Config::kStepKeys>(acc_s, 0),
-                                   maximum(acc_s, 0, row), scale_log2_);
+  // Where the maxima mostly stand, most tiles leave the output as it is.
+  static __device__ void rescale_output(FragmentO& acc_o, const float (&rescale)[2]) {
+    if (Config::kWarpgroups == 1 &&
+        !__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+      return;
     }
+    rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
   }
 
   // The warpgroup keeps a tile if one of its rows vetoes.
@@ -332,6 +356,15 @@ class AttendMainloop {
     fence_shared_for_async();
     named_barrier_sync(kConsumerBarrier, Config::kConsumerThreads);
   }
+
+  // The warpgroups issue their MMAs in turn, so that one computes weights while the other's run.
+  __device__ void await_turn() const {
+    named_barrier_sync(kTurnBarrier + warpgroup_, Config::kConsumerThreads);
+  }
+  __device__ void pass_turn() const {
+    named_barrier_arrive(kTurnBarrier + 1 - warpgroup_, Config::kConsumerThreads);
+  }
+  static constexpr bool kTakesTurns = !SkipPolicy::kVotes && Config::kWarpgroups == 2;
 
   SharedStorage& smem_;
   float scale_log2_;
