@@ -59,6 +59,11 @@ template <class Element, int kHeadDim>
 void attend_sm90(const AttendProblem& problem, const DeviceInfo& device, void* stream) {
   const sm90::AttendPlan plan = sm90::plan_attend(problem);
   const sm90::AttendArguments arguments = sm90::make_arguments(problem, plan);
+  if (plan.dynamic) {
+    check_cuda(cudaMemsetAsync(problem.workspace, 0, sizeof(unsigned),
+                               static_cast<cudaStream_t>(stream)),
+               "attend: zero the workspace");
+  }
   const auto launch = [&](auto interleaved) {
     constexpr bool kInterleaved = decltype(interleaved)::value;
     if (problem.is_indexed()) {
@@ -98,6 +103,17 @@ void attend_on(Backend backend, const AttendProblem& problem, const DeviceInfo& 
 }
 
 }  // namespace
+
+size_t attend_workspace_bytes(const AttendProblem& problem) {
+  const DeviceInfo device = current_device();
+  const Backend backend = choose_attend_backend(problem, device, forced_backend());
+  if (backend != Backend::kSm90 || problem.batch == 0 || problem.seqlen_q == 0) return 0;
+  AttendProblem with_workspace = problem;
+  with_workspace.workspace = &with_workspace;
+  const sm90::AttendPlan plan = sm90::plan_attend(with_workspace);
+  const bool one_item_each = sm90::count_items(problem, plan).items <= device.num_sms;
+  return plan.dynamic && !one_item_each ? sizeof(unsigned) : 0;
+}
 
 void attend(const AttendProblem& problem, void* stream) {
   const DeviceInfo device = current_device();

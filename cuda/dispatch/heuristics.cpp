@@ -62,10 +62,13 @@ AttendPlan plan_attend(const AttendProblem& problem) {
   plan.piece_keys = piece_keys_of(problem, plan.tile_n);
   plan.interleaved = plan.piece_keys < 64 && problem.head_dim > 64;
   // Resident CTAs load the next item's tiles under this one's epilogue. Not where two share an SM:
-  // the other one's work already fills that gap. Nor in causal dense problems, whose items differ so
-  // much in length that the order in which the hardware hands out CTAs balances them better.
-  const bool even_items = indexed || (!problem.mask.causal && problem.mask.window_right < 0);
-  plan.persistent = plan.warpgroups == 2 && even_items;
+  // the other one's work already fills that gap. Items of different lengths are handed out one by
+  // one; where there is no counter for that, the hardware's order of CTAs balances causal dense
+  // problems better than a fixed share each.
+  const bool right_bound = problem.mask.causal || problem.mask.window_right >= 0;
+  plan.dynamic =
+      plan.warpgroups == 2 && (indexed || right_bound) && problem.workspace != nullptr;
+  plan.persistent = plan.warpgroups == 2 && (indexed || !right_bound || plan.dynamic);
   return plan;
 }
 
@@ -73,7 +76,7 @@ std::string AttendPlan::to_string() const {
   return "rows " + std::to_string(warpgroups) + "x64" + (pack_heads ? " (heads packed)" : "") +
          ", keys " + std::to_string(tile_n) + " in pieces of " + std::to_string(piece_keys) +
          (interleaved ? " (interleaved)" : "") + (voted ? ", voted" : "") +
-         (persistent ? ", persistent" : "");
+         (persistent ? ", persistent" : "") + (dynamic ? ", dynamic" : "");
 }
 
 }  // namespace attnsieve::sm90

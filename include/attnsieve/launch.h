@@ -2,6 +2,8 @@
 // synchronise, allocate or read device memory. CPU entry points return when the result is written.
 #pragma once
 
+#include <cstddef>
+
 #include "attnsieve/problem.h"
 
 namespace attnsieve {
@@ -28,6 +30,8 @@ void select_blocks(const SelectProblem& problem, const ParallelFor& parallel_for
 }  // namespace cpu
 
 namespace cuda {
+// Device memory that lets attend balance uneven work. Without it the result is the same, later.
+size_t attend_workspace_bytes(const AttendProblem& problem);
 // `stream` is a cudaStream_t of the current device.
 void attend(const AttendProblem& problem, void* stream);
 void merge_states(const MergeProblem& problem, void* stream);

@@ -68,6 +68,7 @@ struct AttendProblem {
   BlockIndexView index;
   Threshold threshold;
   const float* sink = nullptr;  // float32 [Hq]: one more logit per row that has no value vector
+  void* workspace = nullptr;  // CUDA: cuda::attend_workspace_bytes() of device memory, or none
 
   bool is_varlen() const { return varlen.cu_seqlens_q != nullptr; }
   bool is_paged() const { return paged.block_table != nullptr; }

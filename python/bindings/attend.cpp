@@ -291,6 +291,15 @@ std::tuple<Tensor, Tensor, Tensor> attend(
   problem.out = head_tensor(out, of_q);
   problem.lse = row_tensor(lse, varlen);
   if (problem.threshold.enabled) problem.threshold.counters = counters.mutable_data_ptr<int64_t>();
+  std::optional<Tensor> workspace;
+  if (q.is_cuda()) {
+    const DeviceScope scope(q);
+    const size_t bytes = cuda::attend_workspace_bytes(problem);
+    if (bytes > 0) {
+      workspace = empty({static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8(), q);
+      problem.workspace = workspace->mutable_data_ptr();
+    }
+  }
   run<AttendProblem>(q, problem, cpu::attend, cuda::attend);
   return {out, lse, counters};
 }

@@ -25,17 +25,31 @@ inline ParallelFor torch_parallel_for() {
   }};
 }
 
+// Makes the device of a CUDA tensor current, in torch and in this library.
+class DeviceScope {
+ public:
+#ifdef ATTNSIEVE_WITH_CUDA
+  explicit DeviceScope(const Tensor& on) : guard_(on.get_device_index()) {
+    cuda::set_device(on.get_device_index());
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+#else
+  explicit DeviceScope(const Tensor&) {}
+#endif
+};
+
 template <class Problem>
 void run(const Tensor& on, const Problem& problem,
          void (*on_cpu)(const Problem&, const ParallelFor&),
          void (*on_cuda)(const Problem&, void*)) {
   if (!on.is_cuda()) return on_cpu(problem, torch_parallel_for());
+  const DeviceScope scope(on);
   void* stream = nullptr;
 #ifdef ATTNSIEVE_WITH_CUDA
-  const auto device = on.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  cuda::set_device(device);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
 #endif
   on_cuda(problem, stream);
 }

@@ -102,6 +102,25 @@ int lead_rows_of(const AttendProblem& p, const AttendPlan& plan) {
 
 }  // namespace
 
+ItemCount count_items(const AttendProblem& problem, const AttendPlan& plan) {
+  const int64_t tile_rows = plan.pack_heads ? kGroupRows : plan.warpgroups * kGroupRows;
+  const int lead_rows = lead_rows_of(problem, plan);
+  const int64_t rows = problem.seqlen_q + lead_rows;
+  // Over B sequences of together T rows, ceil((t + lead) / tile) sums up to at most this.
+  const int64_t row_tiles =
+      problem.is_varlen() ? problem.seqlen_q / tile_rows + problem.batch * (lead_rows > 0 ? 2 : 1)
+             : problem.batch * ((rows + tile_rows - 1) / tile_rows);
+  const int64_t heads_per_item = plan.pack_heads ? plan.warpgroups : 1;
+  const int64_t head_slots =
+      problem.num_kv_heads * ((problem.group_size() + heads_per_item - 1) / heads_per_item);
+  const int64_t items = row_tiles * head_slots;
+  if (items > std::numeric_limits<int32_t>::max() / 2) {
+    throw InvalidArgument("attend (sm_90): the problem has " + std::to_string(items) +
+                          " row tiles, more than 32 bits count");
+  }
+  return {static_cast<int>(items), static_cast<int>(row_tiles), lead_rows};
+}
+
 AttendArguments make_arguments(const AttendProblem& problem, const AttendPlan& plan) {
   constexpr int64_t kMaxListKeys = int64_t{1} << 30;  // list positions are counted in 32 bits
   if (problem.is_indexed() &&
@@ -133,23 +152,11 @@ AttendArguments make_arguments(const AttendProblem& problem, const AttendPlan& p
     a.v = row_map(problem, problem.v, keys, plan.piece_keys);
   }
 
-  const int64_t tile_rows = plan.pack_heads ? kGroupRows : plan.warpgroups * kGroupRows;
-  a.lead_rows = lead_rows_of(problem, plan);
-  const int64_t rows = problem.seqlen_q + a.lead_rows;
-  // Over B sequences of together T rows, ceil((t + lead) / tile) sums up to at most this.
-  const int64_t row_tiles =
-      varlen ? problem.seqlen_q / tile_rows + problem.batch * (a.lead_rows > 0 ? 2 : 1)
-             : problem.batch * ((rows + tile_rows - 1) / tile_rows);
-  const int64_t heads_per_item = plan.pack_heads ? plan.warpgroups : 1;
-  const int64_t head_slots =
-      problem.num_kv_heads * ((problem.group_size() + heads_per_item - 1) / heads_per_item);
-  const int64_t items = row_tiles * head_slots;
-  if (items > std::numeric_limits<int32_t>::max() / 2) {
-    throw InvalidArgument("attend (sm_90): the problem has " + std::to_string(items) +
-                          " row tiles, more than 32 bits count");
-  }
-  a.row_tiles = static_cast<int>(row_tiles);
-  a.num_items = static_cast<int>(items);
+  const ItemCount count = count_items(problem, plan);
+  a.num_items = count.items;
+  a.row_tiles = count.row_tiles;
+  a.lead_rows = count.lead_rows;
+  if (plan.dynamic) a.next_item = static_cast<unsigned*>(problem.workspace);
   return a;
 }
 

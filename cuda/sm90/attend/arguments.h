@@ -27,6 +27,7 @@ struct AttendArguments {
   int heads_per_batch;
   int64_t group_rows;
   int piece_keys;
+  unsigned* next_item;  // items handed out beyond one a CTA; nullptr: every CTA has its fixed share
   int num_items;  // work items: (head slot, row tile)
   int row_tiles;  // row tiles of all sequences, at most
   int lead_rows;  // rows by which a sequence's first row tile may start early
@@ -44,6 +45,14 @@ ATTNSIEVE_HD int first_row_of_tiles(int end_shift, int tile_keys) {
   const int in_tile = last_key < 0 ? last_key + tile_keys : last_key;
   return in_tile < tile_keys - kGroupRows ? 0 : -kGroupRows;
 }
+
+// Work items of a problem. The result fits an int, or InvalidArgument.
+struct ItemCount {
+  int items;
+  int row_tiles;
+  int lead_rows;
+};
+ItemCount count_items(const AttendProblem& problem, const AttendPlan& plan);
 
 AttendArguments make_arguments(const AttendProblem& problem, const AttendPlan& plan);
 

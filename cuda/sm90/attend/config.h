@@ -148,6 +148,7 @@ struct AttendConfig {
     TransactionBarrier v_full[kStagesV], v_empty[kStagesV];
     TransactionBarrier q_full[kStagesQ * kWarpgroups], q_empty[kStagesQ * kWarpgroups];
     TransactionBarrier work_full[kWorkSlots], work_empty[kWorkSlots];
+    TransactionBarrier item_ending;
     TransactionBarrier check_full[kCheckSlots], check_done[kCheckSlots];
     TileRecord k_record[kStagesK];
     TileRecord v_record[kStagesV];

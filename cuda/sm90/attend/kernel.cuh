@@ -1,9 +1,9 @@
 // Computes        out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h / G, j]) v[b, h / G, j]
 //                 over the keys j that the BlockIterator yields and the mask shows;
 //                 lse[b, h, i] = ln sum_j exp(scale * q . k), the sink logit included.
-// Roles           CTAs take work items blockIdx.x, + gridDim.x, ...: kWarpgroups x 64 query rows of
-//                 one head, or 64 rows of kWarpgroups heads that share a list. One warpgroup per 64
-//                 rows computes. In a further warpgroup one warp copies Q and K, one V, one locates
+// Roles           CTAs take work items blockIdx.x, then + gridDim.x, ... or from a counter:
+//                 kWarpgroups x 64 query rows of one head, or 64 rows of kWarpgroups heads that
+//                 share a list. One warpgroup per 64 rows computes. In a further warpgroup one warp copies Q and K, one V, one locates
 //                 the items, and one looks for non-finite values in the V of masked tiles.
 // Shared memory   Q of kStagesQ items (later their output), kStagesK tiles of K, kStagesV of V, in
 //                 the swizzled layouts of wgmma; a record per tile, a ring of work items.
@@ -42,6 +42,7 @@ __device__ void init_barriers(typename Config::SharedStorage& smem) {
   init(smem.q_full, smem.q_empty, Config::kStagesQ * Config::kWarpgroups, 1, kWarpgroupWarps);
   init(smem.work_full, smem.work_empty, Config::kWorkSlots, 1, kConsumerWarps + 2);
   init(smem.check_full, smem.check_done, Config::kCheckSlots, 1, 1);
+  smem.item_ending.init(1);
 }
 
 template <class Config, class SkipPolicy>

@@ -7,17 +7,30 @@
 
 namespace attnsieve::sm90 {
 
-// Locates the items of this CTA ahead of time and publishes them, with their iterators.
+// The item that this CTA takes after `item`. Counting starts behind the first of every CTA.
+__device__ __forceinline__ int item_after(const AttendArguments& a, int item) {
+  const int ctas = static_cast<int>(gridDim.x);
+  if (a.next_item == nullptr) return item + ctas;
+  int taken = 0;
+  if (threadIdx.x % kWarpThreads == 0) taken = static_cast<int>(atomicAdd(a.next_item, 1u));
+  return ctas + __shfl_sync(0xffffffffu, taken, 0);
+}
+
+// Locates the items of this CTA ahead of time and publishes them, with their iterators. Fixed
+// shares as early as the ring allows; from the counter when the copies of K near the item's end, so
+// that no CTA holds back work that another is free for.
 template <class Config, class BlockIterator>
 __device__ void schedule_work(const AttendArguments& a, typename Config::SharedStorage& smem) {
   RingPosition<Config::kWorkSlots> position(1);
+  RingPosition<1> ending(0);
   int item = blockIdx.x;
   while (true) {
     Work work;
     bool found = false;
-    while (!found && item < a.num_items) {
+    while (item < a.num_items) {
       found = locate<Config>(a, item, &work);
-      item += static_cast<int>(gridDim.x);
+      if (found) break;
+      item = item_after(a, item);
     }
     BlockIterator iterator;
     work.tiles = found ? iterator.start(a, work) : -1;
@@ -29,6 +42,11 @@ __device__ void schedule_work(const AttendArguments& a, typename Config::SharedS
     }
     if (!found) return;
     position.advance();
+    if (a.next_item != nullptr) {
+      smem.item_ending.wait_idle(ending.phase);
+      ending.advance();
+    }
+    item = item_after(a, item);
   }
 }
 
@@ -43,6 +61,8 @@ class TileProducer {
   static constexpr bool kKeys = kOperand == Operand::kKeys;
   static constexpr int kStages = kKeys ? Config::kStagesK : Config::kStagesV;
   static constexpr int kNoKey = Config::kNoKey;
+  // Tiles left when the next item is asked for: their time covers a counter, a list and a barrier.
+  static constexpr int kTilesAhead = 4;
 
  public:
   __device__ TileProducer(const AttendArguments& arguments, SharedStorage& smem)
@@ -64,11 +84,16 @@ class TileProducer {
       // Of the next even and the next odd tile. Moving a load's result from one register to another
       // would wait for it.
       int fetched[2] = {fetch(work, iterator, 0), fetch(work, iterator, 1)};
-      if constexpr (kKeys) load_queries(work);
+      const int near_end = max(0, work.tiles - kTilesAhead);
+      if constexpr (kKeys) {
+        load_queries(work);
+        if (work.tiles == 0) announce_end();
+      }
       Piece piece = resolve(work, iterator, 0, fetched[0]);
       const auto load = [&](int tile, auto parity) {
         constexpr int kParity = decltype(parity)::value;
         fetched[kParity] = fetch(work, iterator, tile + 2);
+        if (kKeys && tile == near_end) announce_end();
         load_tile(work, piece);
         piece = resolve(work, iterator, tile + 1, fetched[1 - kParity]);
       };
@@ -92,6 +117,10 @@ class TileProducer {
   static __device__ int slice() { return threadIdx.x % kLanesPerPiece; }
   static __device__ bool is_real(int key) { return key >= 0 && key != kNoKey; }
   static __device__ bool is_leader() { return threadIdx.x % kWarpThreads == 0; }
+
+  __device__ void announce_end() const {
+    if (is_leader()) smem_.item_ending.arrive();
+  }
 
   // Starts the load that resolves this lane's part of a tile.
   __device__ int fetch(const Work& work, const BlockIterator& iterator, int tile) const {
