@@ -91,9 +91,10 @@ def time_lists(q, k, v, lists: torch.Tensor, block_q: int, block_k: int) -> floa
 
 
 def dense(choice: Choice) -> Iterator[dict]:
-    """Dense forward at 16k tokens in all; one length in float16 too."""
+    """Dense forward at 16k tokens in all; one length in float16 and with other head_dims too."""
     lengths = (4096, 16384) if choice.quick else (4096, 16384, 32768)
     settings = [(d, h, n, torch.bfloat16, "") for d, h in ((128, 16), (64, 32)) for n in lengths]
+    settings += [(d, 2048 // d, 16384, torch.bfloat16, "") for d in (96, 256)]
     for d, h, length, dtype, suffix in [*settings, (128, 16, 16384, torch.float16, " fp16")]:
         names = {c: f"dense d{d} L{length} causal{int(c)}{suffix}" for c in (False, True)}
         if not any(choice.takes(name) for name in names.values()):

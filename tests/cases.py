@@ -50,7 +50,7 @@ def _listed_head_dims(backend: str) -> tuple[int, ...]:
     try:
         rows = attnsieve.capabilities()
     except ImportError:  # no _C for this Python, as where only libattnsieve.so was copied
-        return (64, 128)
+        return (64, 96, 128, 256) if backend == "sm_90" else (64, 128)
     for row in rows:
         if (row["op"], row["backend"]) == ("attend", backend):
             listed = re.search(r"head_dim in \{([0-9, ]+)\}", row["supported"])
@@ -92,6 +92,15 @@ def head_dims(device: str) -> tuple[int, ...]:
     if device == "cpu":
         return HEAD_DIMS["cpu"]
     return HEAD_DIMS[os.environ.get(FORCE_BACKEND, "sm_80")]
+
+
+def refuses_votes(head_dim: int, skip_block: int, run: Callable[[], object]) -> bool:
+    """Whether the forced backend has no votes on tiles this wide; then ``run`` has to say so."""
+    if forced_backend() != "sm_90" or head_dim <= 128 or skip_block == 64:
+        return False
+    with pytest.raises(NotImplementedError, match=f"skip_block {skip_block}.*head_dim {head_dim};"):
+        run()
+    return True
 
 
 @dataclass(frozen=True)

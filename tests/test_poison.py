@@ -7,7 +7,7 @@ import torch
 
 import attnsieve
 from attnsieve import BlockIndex
-from cases import BAD_IDS, BLOCKS, DTYPES, Case, build, randn, random_index
+from cases import BAD_IDS, BLOCKS, DTYPES, Case, build, head_dims, randn, random_index
 from layouts import build_layout, deal_pages, fill_pages, to_pages
 from numerics import assert_bitwise
 
@@ -76,12 +76,14 @@ def test_blocks_that_no_list_names(device, block, fill):
 @pytest.mark.parametrize("fill", FILLS)
 def test_masked_keys_inside_visited_tiles(device, fill):
     """A key after the row, in the same tile: neither its logit nor its value may leak."""
-    problem = build(Case(device, 150, 150, causal=True))
-    expected = attend(*problem.args, causal=True, return_lse=True)
-    problem.k[:, :, 100:], problem.v[:, :, 100:] = fill, fill
-    actual = attend(*problem.args, causal=True, return_lse=True)
-    for got, want in zip(actual, expected, strict=True):
-        assert_bitwise(got[:, :, :100], want[:, :, :100], "rows before the poison")
+    for head_dim in head_dims(device):
+        problem = build(Case(device, 150, 150, head_dim=head_dim, causal=True))
+        expected = attend(*problem.args, causal=True, return_lse=True)
+        problem.k[:, :, 100:], problem.v[:, :, 100:] = fill, fill
+        actual = attend(*problem.args, causal=True, return_lse=True)
+        for got, want in zip(actual, expected, strict=True):
+            what = f"rows before the poison, head_dim {head_dim}"
+            assert_bitwise(got[:, :, :100], want[:, :, :100], what)
 
 
 @pytest.mark.parametrize("fill", FILLS)

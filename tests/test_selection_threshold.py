@@ -9,7 +9,7 @@ import torch
 
 import attnsieve
 from attnsieve import reference
-from cases import DTYPES, Case, build, device_of, every_backend
+from cases import DTYPES, HEAD_DIMS, Case, build, device_of, every_backend, refuses_votes
 from layouts import sequences_of, to_pages
 from numerics import assert_attention_close, assert_bitwise, pytorch_same_dtype
 
@@ -33,6 +33,11 @@ def walk_cases(backend):
             case(300, 900, (2, 2), density=0.9, block=(128, 16), causal=True),
             case(200, 900, (2, 1), density=0.8, block=(64, 32), window=(600, 0)),
         ]
+        for head_dim in {96, 256}.intersection(HEAD_DIMS[backend]):
+            cases += [
+                case(320, 700, (4, 2), head_dim=head_dim, causal=True),
+                case(384, 640, (4, 2), head_dim=head_dim, density=0.6, block=(128, 64)),
+            ]
     return cases
 
 
@@ -65,8 +70,8 @@ def test_decisions_follow_the_sequential_walk(case, skip_block):
     problem = peaked(case)
     skipped = total = 0
     for threshold in THRESHOLDS:
-        walk = _walk(problem, threshold, skip_block)
-        out, lse, counters = attnsieve.threshold_attention(
+        attention = functools.partial(
+            attnsieve.threshold_attention,
             *problem.args[:3],
             threshold,
             index=problem.index,
@@ -75,6 +80,10 @@ def test_decisions_follow_the_sequential_walk(case, skip_block):
             return_counters=True,
             **problem.options,
         )
+        if refuses_votes(case.head_dim, skip_block, attention):
+            return
+        walk = _walk(problem, threshold, skip_block)
+        out, lse, counters = attention()
         assert counters.dtype == torch.int64 and counters.shape == (*problem.q.shape[:2], 2)
         clear = walk.margin > MARGIN
         assert clear.float().mean() > 0.5, "the case decides too little away from the threshold"
@@ -108,6 +117,8 @@ def test_threshold_zero_is_bitwise_none(case, skip_block):
         return_lse=True,
         **problem.options,
     )
+    if refuses_votes(case.head_dim, skip_block, functools.partial(run, threshold=0.0)):
+        return
     out, lse, counters = run(threshold=0.0, return_counters=True)
     assert_bitwise((out, lse), run(threshold=None), "threshold 0 against None")
     assert counters[..., 0].sum() == 0
@@ -118,13 +129,17 @@ def test_threshold_zero_is_bitwise_none(case, skip_block):
 def test_threshold_infinite_keeps_rows_alive(case):
     """Only a row that has seen nothing yet may veto, so little more than the first tile stays."""
     problem = peaked(case)
-    _, counters = attnsieve.threshold_attention(
+    attention = functools.partial(
+        attnsieve.threshold_attention,
         *problem.args[:3],
         math.inf,
         index=problem.index,
         return_counters=True,
         **problem.options,
     )
+    if refuses_votes(case.head_dim, 128, attention):
+        return
+    _, counters = attention()
     assert_bitwise(counters, _walk(problem, math.inf, 128).counters, "counters at infinity")
     if not case.causal and case.window is None:
         groups = -(-case.seqlen_q // 64)

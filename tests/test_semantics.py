@@ -21,6 +21,7 @@ from cases import (
     Problem,
     build,
     forced_backend,
+    head_dims,
     randn,
     random_index,
 )
@@ -75,7 +76,7 @@ def test_sums_are_accumulated_in_float32(device):
 
 
 def test_softmax_scale_defaults_to_one_over_sqrt_head_dim(device):
-    for head_dim in (64, 128):
+    for head_dim in head_dims(device):
         q, k, v = qkv(device, (1, 1, 70, head_dim), (1, 1, 70, head_dim))
         explicit = attend(q, k, v, softmax_scale=head_dim**-0.5, return_lse=True)
         assert_bitwise(attend(q, k, v, return_lse=True), explicit, "default scale")
@@ -185,17 +186,24 @@ def test_leading_invalid_entries(device):
 @pytest.mark.parametrize("tensor", ["k", "v"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_in_a_selected_key_or_value_reaches_only_rows_that_attend_to_it(device, tensor, value):
-    q, k, v = qkv(device, (1, 2, 200, 64), (1, 2, 200, 64))
+    for head_dim in head_dims(device):
+        _check_spoiled(*qkv(device, *[(1, 2, 200, head_dim)] * 2), tensor, value)
+
+
+def _check_spoiled(q, k, v, tensor, value):
+    column = q.shape[-1] - 5
     clean = attend(q, k, v, causal=True, return_lse=True)
     spoiled = dict(k=k, v=v)
     spoiled[tensor] = spoiled[tensor].clone()
-    spoiled[tensor][0, 1, 150, 3] = value
+    spoiled[tensor][0, 1, 150, column] = value
     out, lse = attend(q, **spoiled, causal=True, return_lse=True)
     assert_bitwise(out[:, 0], clean[0][:, 0], "other head")
     assert_bitwise(out[:, 1, :150], clean[0][:, 1, :150], "rows before the key")
     assert_bitwise(lse[:, 1, :150], clean[1][:, 1, :150], "lse of rows before the key")
     if tensor == "v":
-        assert not out[0, 1, 150:, 3].isfinite().any()
+        assert not out[0, 1, 150:, column].isfinite().any()
+        others = torch.arange(q.shape[-1], device=q.device) != column
+        assert out[..., others].isfinite().all(), "other columns"
         assert_bitwise(lse, clean[1], "values do not touch lse")
     elif math.isnan(value):
         assert out[0, 1, 150:].isnan().all() and lse[0, 1, 150:].isnan().all()

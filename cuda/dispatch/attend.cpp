@@ -86,8 +86,14 @@ void attend_sm90(const AttendProblem& problem, const DeviceInfo& device, void* s
 #if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_64
     case 64: return attend_sm90<Element, 64>(problem, device, stream);
 #endif
+#if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_96
+    case 96: return attend_sm90<Element, 96>(problem, device, stream);
+#endif
 #if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_128
     case 128: return attend_sm90<Element, 128>(problem, device, stream);
+#endif
+#if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_256
+    case 256: return attend_sm90<Element, 256>(problem, device, stream);
 #endif
     default:
       throw Unsupported("attend: sm_90 with head_dim " + std::to_string(problem.head_dim) +

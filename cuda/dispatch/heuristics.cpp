@@ -54,11 +54,18 @@ AttendPlan plan_attend(const AttendProblem& problem) {
   // Tiles of 64 keys are voted on by warpgroups that do not share them: their last tiles differ.
   const bool narrow = problem.threshold.skip_block == kUnitKeys;
   plan.voted = problem.threshold.enabled || narrow;
+  const bool wide_o = problem.head_dim > kMaxHeadDimOfWideVotes;
+  if (wide_o && plan.voted && !narrow) {
+    throw Unsupported("attend (sm_90): threshold with skip_block " +
+                      std::to_string(problem.threshold.skip_block) +
+                      " is not available for head_dim " + std::to_string(problem.head_dim) +
+                      "; use skip_block " + std::to_string(kUnitKeys));
+  }
   const bool half_rows = indexed && problem.index.block_q == kGroupRows;
   plan.pack_heads =
       half_rows && !narrow && problem.index.heads_per_list > 1 && problem.group_size() > 1;
   plan.warpgroups = narrow || (half_rows && !plan.pack_heads) ? 1 : 2;
-  plan.tile_n = narrow || (plan.warpgroups == 1 && !plan.voted) ? 64 : 128;
+  plan.tile_n = narrow || wide_o || (plan.warpgroups == 1 && !plan.voted) ? 64 : 128;
   plan.piece_keys = piece_keys_of(problem, plan.tile_n);
   plan.interleaved = plan.piece_keys < 64 && problem.head_dim > 64;
   // Resident CTAs load the next item's tiles under this one's epilogue. Not where two share an SM:

@@ -26,6 +26,9 @@ int select_threads(int64_t num_k_blocks);
 
 namespace attnsieve::sm90 {
 
+// Votes on 128 keys at once end here: S of 128 keys beside a wider O exceeds a thread's registers.
+inline constexpr int kMaxHeadDimOfWideVotes = 128;
+
 // How the sm_90 attend kernel is set up for a problem.
 struct AttendPlan {
   int warpgroups = 0;  // of 64 query rows each
@@ -40,6 +43,7 @@ struct AttendPlan {
   std::string to_string() const;
 };
 
+// Throws Unsupported for votes on more keys than the head_dim leaves registers for.
 AttendPlan plan_attend(const AttendProblem& problem);
 
 }  // namespace attnsieve::sm90

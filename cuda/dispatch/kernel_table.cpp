@@ -39,9 +39,17 @@ std::vector<KernelEntry> kernel_table() {
   append_sm90<cute::bfloat16_t, 64>(table, "attend sm_90 bfloat16 hd64");
   append_sm90<cute::half_t, 64>(table, "attend sm_90 float16 hd64");
 #endif
+#if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_96
+  append_sm90<cute::bfloat16_t, 96>(table, "attend sm_90 bfloat16 hd96");
+  append_sm90<cute::half_t, 96>(table, "attend sm_90 float16 hd96");
+#endif
 #if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_128
   append_sm90<cute::bfloat16_t, 128>(table, "attend sm_90 bfloat16 hd128");
   append_sm90<cute::half_t, 128>(table, "attend sm_90 float16 hd128");
+#endif
+#if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_256
+  append_sm90<cute::bfloat16_t, 256>(table, "attend sm_90 bfloat16 hd256");
+  append_sm90<cute::half_t, 256>(table, "attend sm_90 float16 hd256");
 #endif
   append(table, "merge_states sm_80", sm80::merge_states_entries());
   append(table, "select_blocks sm_80", sm80::select_blocks_entries());

@@ -203,7 +203,7 @@ def threshold_attention(
             ``[]``, or None for the kernel without skipping. 0 skips nothing and is bitwise equal to
             None; values above 1 are legal.
         index: restricts the keys first, as in :func:`block_sparse_attention`.
-        skip_block: 64 or 128 keys per tile.
+        skip_block: 64 or 128 keys per tile; 64 alone for head_dim 256 on sm_90.
         return_counters: also return int64 ``[B, Hq, 2]``: (skipped, total) tiles.
 
     Other arguments, returns and errors as :func:`block_sparse_attention`. Return order:

@@ -35,11 +35,18 @@ bool contains(const std::string& text, const std::string& part) {
 void backends() {
   for (int compute_capability : {80, 86, 89, 90, 100, 120}) {
     for (DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-      for (int64_t head_dim : {64, 128}) {
+      for (int64_t head_dim : {64, 96, 128, 256}) {
         check::context = std::string(dtype_name(dtype)) + " hd" + std::to_string(head_dim) +
                          " on " + std::to_string(compute_capability);
         const AttendProblem problem = problem_of(dtype, head_dim);
         const Backend best = compute_capability == 90 ? Backend::kSm90 : Backend::kSm80;
+        const std::string missing = "head_dim " + std::to_string(head_dim) + ";";
+        if (!capability("attend", Backend::kSm80).supports(dtype, head_dim)) {
+          CHECK(contains(refusal(dtype, head_dim, compute_capability, "sm_80"), missing));
+          const std::string text = refusal(dtype, head_dim, compute_capability);
+          CHECK(best == Backend::kSm90 ? text.empty() : contains(text, missing));
+          continue;
+        }
         CHECK(cuda::choose_attend_backend(problem, {compute_capability}) == best);
         CHECK(cuda::choose_attend_backend(problem, {compute_capability}, "") == best);
         CHECK(cuda::choose_attend_backend(problem, {compute_capability}, "sm_80") ==
@@ -81,40 +88,65 @@ void backends() {
 
 // What every plan must respect, whatever its choices: pieces that lie together in memory and fill
 // tiles, tiles that a vote does not outgrow.
+void plan_invariants(int64_t head_dim, int block_q, int block_k, int page_size, int skip_block,
+                     bool voted, int heads_per_list) {
+  AttendProblem problem = problem_of(DType::kBFloat16, head_dim);
+  problem.num_heads = 8;
+  problem.num_kv_heads = 2;
+  problem.threshold.skip_block = skip_block;
+  problem.threshold.enabled = voted;
+  const int32_t some = 0;
+  if (block_q > 0) {
+    problem.index.counts = &some;
+    problem.index.block_q = block_q;
+    problem.index.block_k = block_k;
+    problem.index.heads_per_list = heads_per_list;
+  }
+  if (page_size > 0) {
+    problem.paged.block_table = &some;
+    problem.paged.page_size = page_size;
+  }
+  if (voted && head_dim == 256 && skip_block == 128) {
+    check::context = "votes on 128 keys of 256 columns";
+    std::string text;
+    try {
+      sm90::plan_attend(problem);
+    } catch (const Unsupported& error) {
+      text = error.what();
+    }
+    CHECK(contains(text, "skip_block 128") && contains(text, "head_dim 256"));
+    CHECK(contains(text, "use skip_block 64"));
+    return;
+  }
+  const sm90::AttendPlan plan = sm90::plan_attend(problem);
+  check::context = "hd" + std::to_string(head_dim) + ", " + plan.to_string();
+  CHECK(plan.warpgroups >= 1 && plan.warpgroups <= 2);
+  CHECK(plan.tile_n == 64 || plan.tile_n == 128);
+  CHECK(plan.piece_keys >= 16 && plan.tile_n % plan.piece_keys == 0);
+  CHECK(page_size == 0 || page_size % plan.piece_keys == 0);
+  CHECK(block_q == 0 || problem.index.unit_keys() % plan.piece_keys == 0);
+  CHECK(!voted || (plan.voted && skip_block % plan.tile_n == 0));
+  CHECK(!plan.pack_heads || heads_per_list > 1);
+  // Two rows of an index never share a CTA unless heads do instead.
+  CHECK(block_q != 64 || plan.warpgroups == 1 || plan.pack_heads);
+  CHECK(head_dim <= 128 || plan.tile_n == 64);
+  // Warpgroups whose last tiles may differ do not vote.
+  CHECK(!plan.voted || plan.warpgroups == 1 || plan.tile_n == 128);
+  // Slices of a tile behind each other take no pieces below 64 keys; one slice takes any.
+  CHECK(plan.interleaved == (head_dim > 64 && plan.piece_keys < 64));
+}
+
 void plans() {
-  for (int block_q : {0, 64, 128}) {
-    for (int block_k : {16, 32, 64, 128}) {
-      for (int page_size : {0, 16, 48, 64, 256}) {
-        for (int skip_block : {64, 128}) {
-          for (bool voted : {false, true}) {
-            for (int heads_per_list : {1, 4, 8}) {
-              AttendProblem problem = problem_of(DType::kBFloat16, 128);
-              problem.num_heads = 8;
-              problem.num_kv_heads = 2;
-              problem.threshold.skip_block = skip_block;
-              problem.threshold.enabled = voted;
-              const int32_t some = 0;
-              if (block_q > 0) {
-                problem.index.counts = &some;
-                problem.index.block_q = block_q;
-                problem.index.block_k = block_k;
-                problem.index.heads_per_list = heads_per_list;
+  for (int64_t head_dim : {64, 96, 128, 256}) {
+    for (int block_q : {0, 64, 128}) {
+      for (int block_k : {16, 32, 64, 128}) {
+        for (int page_size : {0, 16, 48, 64, 256}) {
+          for (int skip_block : {64, 128}) {
+            for (bool voted : {false, true}) {
+              for (int heads_per_list : {1, 4, 8}) {
+                plan_invariants(head_dim, block_q, block_k, page_size, skip_block, voted,
+                                heads_per_list);
               }
-              if (page_size > 0) {
-                problem.paged.block_table = &some;
-                problem.paged.page_size = page_size;
-              }
-              const sm90::AttendPlan plan = sm90::plan_attend(problem);
-              check::context = plan.to_string();
-              CHECK(plan.warpgroups >= 1 && plan.warpgroups <= 2);
-              CHECK(plan.tile_n == 64 || plan.tile_n == 128);
-              CHECK(plan.piece_keys >= 16 && plan.tile_n % plan.piece_keys == 0);
-              CHECK(page_size == 0 || page_size % plan.piece_keys == 0);
-              CHECK(block_q == 0 || problem.index.unit_keys() % plan.piece_keys == 0);
-              CHECK(!voted || (plan.voted && skip_block % plan.tile_n == 0));
-              CHECK(!plan.pack_heads || heads_per_list > 1);
-              // Two rows of an index never share a CTA unless heads do instead.
-              CHECK(block_q != 64 || plan.warpgroups == 1 || plan.pack_heads);
             }
           }
         }

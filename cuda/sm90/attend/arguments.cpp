@@ -90,9 +90,10 @@ void set_interleaved_maps(const AttendProblem& p, const Extent& extent, AttendAr
 }
 
 // Rows that the first row tile of a sequence may start early. Where only the device knows the
-// lengths, room for the shift is kept.
+// lengths, room for the shift is kept. Every group has its own last tile where tiles are of 64 keys:
+// nothing to gain, nor needed without votes.
 int lead_rows_of(const AttendProblem& p, const AttendPlan& plan) {
-  if (plan.warpgroups == 1 || p.is_indexed()) return 0;
+  if (plan.warpgroups == 1 || plan.tile_n == kGroupRows || p.is_indexed()) return 0;
   if (!p.mask.causal && p.mask.window_right < 0) return 0;
   if (p.is_varlen() || p.is_paged()) return kGroupRows;
   const int64_t right = p.mask.causal ? 0 : p.mask.window_right;

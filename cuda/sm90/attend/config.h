@@ -40,8 +40,8 @@ struct Work {
 };
 
 // kWarpgroups_ consumer warpgroups of 64 rows; kTileN_ keys a tile; kStepKeys_ keys an
-// online-softmax step; stages of K, V and Q; CTAs an SM. An interleaved tile keeps the 64-column
-// slices of 8 rows together, so that a box of any multiple of 8 rows is one bulk copy.
+// online-softmax step; stages of K, V and Q; CTAs an SM. An interleaved tile keeps the slices of 8
+// rows together, so that a box of any multiple of 8 rows is one bulk copy.
 template <class Element_, int kHeadDim_, int kWarpgroups_, int kTileN_, int kStepKeys_,
           int kStagesK_, int kStagesV_, int kStagesQ_, int kCtasPerSm_, bool kInterleaved_>
 struct AttendConfig {
@@ -61,7 +61,9 @@ struct AttendConfig {
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
 
   // Registers a thread after the warp roles have split: what the launch gave out, redistributed.
-  static constexpr int kProducerRegisters = kWarpgroups == 1 && kHeadDim > 64 ? 56 : 72;
+  // Two warpgroups alone on an SM have as many as a thread can address.
+  static constexpr bool kRedistributes = kCtasPerSm * (kWarpgroups + 1) > 2;
+  static constexpr int kProducerRegisters = kWarpgroups == 1 && kHeadDim > 96 ? 56 : 72;
   static constexpr int kConsumerRegisters =
       ((kWarpgroups == 1 ? 256 : 504) - kProducerRegisters) / kWarpgroups;
 

@@ -38,11 +38,10 @@ __device__ void store_output(const AttendProblem& problem, const Work& work, int
     }
 #pragma unroll
     for (int i = 0; i < Config::kHeadDim / 8; ++i) {
-      const int column = i * 8 + lane % 4 * 2;
       Element pair[2] = {static_cast<Element>(acc_o(i * 4 + half * 2) * result.scale),
                          static_cast<Element>(acc_o(i * 4 + half * 2 + 1) * result.scale)};
       *reinterpret_cast<uint32_t*>(
-          staged + Config::offset_in_tile(tile_row, column, kWarpgroupRows, false)) =
+          staged + Config::offset_in_tile(tile_row, i * 8, kWarpgroupRows, false) + lane % 4 * 2) =
           reinterpret_cast<const uint32_t&>(pair);
     }
   }

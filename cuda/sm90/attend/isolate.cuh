@@ -51,28 +51,41 @@ template <class Config, class FragmentO>
 __device__ void add_non_finite(const typename Config::SharedStorage& smem, int stage,
                                const Work& work, const int (&rows)[2], FragmentO& acc_o) {
   using Element = typename Config::Element;
+  constexpr int kSliceChunks = Config::kSliceColumns / 8;
   const Element* tile = smem.v + stage * Config::kTileElements;
+#pragma unroll
+  for (int slice = 0; slice < Config::kSlices; ++slice) {  // outermost: few values in flight
 #pragma unroll 1
-  for (int key = 0; key < Config::kTileN; ++key) {
-    // Opaque, or the addresses of all columns would be formed ahead and live through the main loop.
-    int lane = static_cast<int>(threadIdx.x) % 4;
-    asm volatile("" : "+r"(lane));
-    const int position = smem.v_record[stage].key[key / Config::kGranuleKeys];
-    if (position < 0 || position == Config::kNoKey) continue;
-    const int key_position = position + key % Config::kGranuleKeys;
-    bool sees[2];
+    for (int key = 0; key < Config::kTileN; ++key) {
+      // Opaque, or the addresses of all columns would be formed ahead and live through the main
+      // loop.
+      int lane = static_cast<int>(threadIdx.x) % 4;
+      asm volatile("" : "+r"(lane));
+      const int position = smem.v_record[stage].key[key / Config::kGranuleKeys];
+      if (position < 0 || position == Config::kNoKey) continue;
+      const int key_position = position + key % Config::kGranuleKeys;
+      bool sees[2];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      sees[row] =
-          key_position >= work.first_key(rows[row]) && key_position < work.end_key(rows[row]);
-    }
+      for (int row = 0; row < 2; ++row) {
+        sees[row] =
+            key_position >= work.first_key(rows[row]) && key_position < work.end_key(rows[row]);
+      }
 #pragma unroll
-    for (int i = 0; i < cute::size(FragmentO{}); ++i) {
-      const int column = i / 4 * 8 + lane * 2 + i % 2;
-      const Element value =
-          tile[Config::offset_in_tile(key, column, Config::kTileN, Config::kInterleaved)];
-      if (is_non_finite<Element>(reinterpret_cast<const uint16_t&>(value)) && sees[i / 2 % 2]) {
-        acc_o(i) += static_cast<float>(value);
+      for (int i = 0; i < kSliceChunks; ++i) {
+        const int chunk = slice * kSliceChunks + i;
+        const int offset =
+            Config::offset_in_tile(key, chunk * 8, Config::kTileN, Config::kInterleaved);
+        const uint32_t pair = *reinterpret_cast<const uint32_t*>(tile + offset + lane * 2);
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          const auto bits = static_cast<uint16_t>(pair >> 16 * column);
+          if (!is_non_finite<Element>(bits)) continue;
+          const float value = static_cast<float>(Element::bitcast(bits));
+#pragma unroll
+          for (int row = 0; row < 2; ++row) {
+            if (sees[row]) acc_o(chunk * 4 + row * 2 + column) += value;
+          }
+        }
       }
     }
   }

@@ -16,8 +16,10 @@
 //                 Full barriers of copies complete on bytes: always those of a whole tile, missing
 //                 pieces are zeros from outside the tensor.
 // Invariants      row_max is -inf iff the row saw no finite logit. The tile visited first is the
-//                 one with the last visible key. Steps advance in the same width whether or not
-//                 tiles are voted on, so threshold 0 is bitwise equal to no threshold.
+//                 one with the last visible key: of the item's last row, where warpgroups share
+//                 tiles of 64 keys, which are not voted on, of each warpgroup's otherwise. Steps
+//                 advance in the same width whether or not tiles are voted on, so threshold 0 is
+//                 bitwise equal to no threshold.
 // Not handled     Backward.
 #pragma once
 
@@ -88,7 +90,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   __syncthreads();
 
   if (cutlass::canonical_warp_group_idx() == Config::kWarpgroups) {
-    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    if constexpr (Config::kRedistributes) {
+      cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    }
     const int warp = static_cast<int>(threadIdx.x) % kWarpgroupThreads / kWarpThreads;
     if (warp == 0) {
       TileProducer<Config, BlockIterator, Operand::kKeys>(arguments, smem).run();
@@ -100,7 +104,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       check_values<Config>(smem);
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    if constexpr (Config::kRedistributes) {
+      cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    }
     consume<Config, SkipPolicy>(arguments, smem);
   }
 }

@@ -114,7 +114,7 @@ class TileProducer {
   };
 
   static constexpr int kLanesPerPiece = Config::kInterleaved ? 1 : Config::kSlices;
-  static __device__ int slice() { return threadIdx.x % kLanesPerPiece; }
+  static __device__ int slice() { return threadIdx.x % kWarpThreads % kLanesPerPiece; }
   static __device__ bool is_real(int key) { return key >= 0 && key != kNoKey; }
   static __device__ bool is_leader() { return threadIdx.x % kWarpThreads == 0; }
 

@@ -190,12 +190,15 @@ class AttendMainloop {
     const auto sK = make_tensor(make_smem_ptr(smem_.k), typename Config::LayoutK{});
     const auto tSrQ = thread_mma.partition_fragment_A(sQ);  // (MMA, M, K, tile)
     const auto tSrK = thread_mma.partition_fragment_B(sK);  // (MMA, N, K, stage)
+    int query = query_tile();
+    // Opaque, or the descriptors of all slices would be kept, for which there are no registers.
+    if constexpr (Config::kHeadDim > 128) asm volatile("" : "+r"(query));
     warpgroup_fence_operand(acc_s);
     warpgroup_arrive();
     mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
     for (int chunk = 0; chunk < size<2>(tSrK); ++chunk) {
-      cute::gemm(mma, tSrQ(_, _, chunk, query_tile()), tSrK(_, _, chunk, k_.slot), acc_s);
+      cute::gemm(mma, tSrQ(_, _, chunk, query), tSrK(_, _, chunk, k_.slot), acc_s);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();

@@ -1,0 +1,7 @@
+#include "cuda/sm90/attend/launch.cuh"
+
+namespace attnsieve::sm90 {
+template void launch_attend<cute::bfloat16_t, 256, true, true>(const AttendArguments&,
+                                                               const AttendPlan&, int, void*);
+template std::vector<KernelEntry> attend_entries<cute::bfloat16_t, 256, true, true>();
+}  // namespace attnsieve::sm90

@@ -1,0 +1,7 @@
+#include "cuda/sm90/attend/launch.cuh"
+
+namespace attnsieve::sm90 {
+template void launch_attend<cute::half_t, 96, false, false>(const AttendArguments&,
+                                                            const AttendPlan&, int, void*);
+template std::vector<KernelEntry> attend_entries<cute::half_t, 96, false, false>();
+}  // namespace attnsieve::sm90
