@@ -27,14 +27,14 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # What the tools can say about bulk copies and warpgroup MMAs besides their usual checks.
 HOPPER_FLAGS = {"memcheck": ["--check-bulk-copy", "yes", "--check-warpgroup-mma", "yes"]}
 SANITIZER_FLAGS = {t: ["--error-exitcode", "1", *HOPPER_FLAGS.get(t, [])] for t in SANITIZER_TOOLS}
-# Ragged lengths, GQA, every combination of mask, list and vote, both head dims and dtypes.
+# Ragged lengths, GQA, every combination of mask, list and vote, all head dims, both dtypes.
 SMALL = "--batch 2 --heads 4 --kv-heads 2 --seqlen-q 200 --seqlen-k 333 --iterations 1 --verify"
 CASES = (
-    f"{SMALL} --head-dim 64,128 --dtype bf16",
-    f"{SMALL} --head-dim 64,128 --dtype fp16 --causal",
-    f"{SMALL} --head-dim 64,128 --block-q 64,128 --block-k 16,64,128 --density 0.5",
-    f"{SMALL} --head-dim 64,128 --causal --threshold 0.1",
-    f"{SMALL} --head-dim 64,128 --block-q 64 --block-k 64,128 --density 0.5 --threshold 0.1",
+    f"{SMALL} --head-dim 64,96,128,256 --dtype bf16",
+    f"{SMALL} --head-dim 64,96,128,256 --dtype fp16 --causal",
+    f"{SMALL} --head-dim 64,96,128,256 --block-q 64,128 --block-k 16,64,128 --density 0.5",
+    f"{SMALL} --head-dim 64,96,128 --causal --threshold 0.1",
+    f"{SMALL} --head-dim 64,96,128 --block-q 64 --block-k 64,128 --density 0.5 --threshold 0.1",
 )
 PYTHON_OPS = ["tests/test_selection_block.py", "tests/test_empty.py", "-k", "cuda and not compile"]
 TIMEOUT_S = 500
@@ -125,7 +125,7 @@ def main() -> int:
     if "pytest" in args.suite:
         rows += pytest_cuda(args.workers)
     if "slow" in args.suite:
-        rows += pytest_cuda(1, "slow")
+        rows += pytest_cuda(args.workers, "slow")
     if "sanitizers" in args.suite:
         rows += sanitizers(args.binary.resolve())
     path = (args.out or results.RESULTS / device_name("cuda")) / "tests.json"

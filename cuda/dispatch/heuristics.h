@@ -5,6 +5,7 @@
 
 #include "attnsieve/capability.h"
 #include "attnsieve/problem.h"
+#include "attnsieve/visibility.h"
 
 namespace attnsieve::cuda {
 
@@ -45,5 +46,15 @@ struct AttendPlan {
 
 // Throws Unsupported for votes on more keys than the head_dim leaves registers for.
 AttendPlan plan_attend(const AttendProblem& problem);
+
+// In a dense problem with a right bound, neighbouring 64-row groups share their last KV tile in
+// pairs; which pairs depends on the diagonal. Row tiles start one group early where the odd groups
+// lead: then the tile visited first is the last tile of both warpgroups. For tiles of 128 keys: those
+// of 64 are not shared in pairs.
+ATTNSIEVE_HD int first_row_of_tiles(int end_shift, int tile_keys) {
+  const int last_key = (kGroupRows - 1 + end_shift - 1) % tile_keys;  // of group 0, before clamping
+  const int in_tile = last_key < 0 ? last_key + tile_keys : last_key;
+  return in_tile < tile_keys - kGroupRows ? 0 : -kGroupRows;
+}
 
 }  // namespace attnsieve::sm90

@@ -127,6 +127,11 @@ void plan_invariants(int64_t head_dim, int block_q, int block_k, int page_size, 
   CHECK(block_q == 0 || problem.index.unit_keys() % plan.piece_keys == 0);
   CHECK(!voted || (plan.voted && skip_block % plan.tile_n == 0));
   CHECK(!plan.pack_heads || heads_per_list > 1);
+  CHECK(!plan.dynamic);  // there is no counter
+  problem.workspace = &problem;
+  const sm90::AttendPlan counted = sm90::plan_attend(problem);
+  CHECK(!counted.dynamic || counted.persistent);
+  CHECK(counted.dynamic == (block_q > 0 && counted.warpgroups == 2));
   // Two rows of an index never share a CTA unless heads do instead.
   CHECK(block_q != 64 || plan.warpgroups == 1 || plan.pack_heads);
   CHECK(head_dim <= 128 || plan.tile_n == 64);
@@ -151,6 +156,24 @@ void plans() {
           }
         }
       }
+    }
+  }
+}
+
+// Both 64-row groups of a row tile have their last visible key in the same KV tile, whatever the
+// diagonal: the tile visited first is then the last of either.
+void first_rows() {
+  constexpr int kTileKeys = 128;
+  const auto tile_of_last_key = [](int group_begin, int end_shift) {
+    const int last_key = group_begin + kGroupRows - 1 + end_shift - 1;
+    return (last_key + 1000 * kTileKeys) / kTileKeys;
+  };
+  for (int end_shift = -500; end_shift <= 500; ++end_shift) {
+    check::context = "first_row_of_tiles at end_shift " + std::to_string(end_shift);
+    const int first = sm90::first_row_of_tiles(end_shift, kTileKeys);
+    CHECK(first == 0 || first == -kGroupRows);
+    for (int row : {first, first + 2 * kGroupRows}) {
+      CHECK(tile_of_last_key(row, end_shift) == tile_of_last_key(row + kGroupRows, end_shift));
     }
   }
 }
@@ -210,6 +233,7 @@ void table() {
 int main() {
   backends();
   plans();
+  first_rows();
   selection_threads();
   table();
   return check::finish();

@@ -37,16 +37,6 @@ struct AttendArguments {
 // Columns of one swizzled slice of a row, and slices of a row.
 constexpr int slice_columns(int64_t head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
 
-// In a dense problem with a right bound, neighbouring 64-row groups share their last KV tile in
-// pairs; which pairs depends on the diagonal. Row tiles start one group early where the odd groups
-// lead: then the tile visited first is the last tile of both warpgroups. For tiles of 128 keys: those
-// of 64 are not shared in pairs.
-ATTNSIEVE_HD int first_row_of_tiles(int end_shift, int tile_keys) {
-  const int last_key = (kGroupRows - 1 + end_shift - 1) % tile_keys;  // of group 0, before clamping
-  const int in_tile = last_key < 0 ? last_key + tile_keys : last_key;
-  return in_tile < tile_keys - kGroupRows ? 0 : -kGroupRows;
-}
-
 // Work items of a problem. The result fits an int, or InvalidArgument.
 struct ItemCount {
   int items;
