@@ -10,7 +10,7 @@ import attnsieve
 from attnsieve import BlockIndex
 from cases import Case, build, random_index
 from layouts import build_layout
-from numerics import assert_bitwise
+from numerics import assert_bitwise, check_against_oracle
 
 pytestmark = pytest.mark.usefixtures("cuda_backend")
 
@@ -133,6 +133,22 @@ def test_graph_replay_with_emptied_lists():
     graph.replay()
     torch.cuda.synchronize()
     assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("density", [None, 0.4])
+def test_more_work_items_than_the_gpu_holds(density):
+    """384 tiles of 128 rows, handed out one by one where they are uneven: by every replay anew."""
+    case = Case("cuda", 384, 256, (32, 8), causal=True, density=density, block=(128, 64), batch=4)
+    problem = build(case)
+    check_against_oracle(attnsieve.block_sparse_attention, problem, f"{case!r}")
+    expected = attend(problem)
+    graph, result = _capture(attend, problem)
+    for turn in range(3):
+        for x in result:
+            x.fill_(7)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_bitwise(result, expected, f"replay {turn}")
 
 
 def test_two_graphs_interleaved():
