@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <new>
 #include <string>
@@ -11,6 +10,7 @@
 #include "attnsieve/launch.h"
 #include "attnsieve/status.h"
 #include "attnsieve/visibility.h"
+#include "cpu/score_order.h"
 
 namespace attnsieve::cpu {
 namespace {
@@ -62,15 +62,7 @@ struct Candidate {
   }
 };
 
-uint64_t rank_of(float score, bool forced) {
-  uint32_t ordered = 0;  // NaN
-  if (!std::isnan(score)) {
-    score += 0.0f;  // -0 and 0 tie
-    std::memcpy(&ordered, &score, sizeof ordered);
-    ordered = (ordered & 0x80000000u) ? ~ordered : (ordered | 0x80000000u);
-  }
-  return (uint64_t{forced} << 32) | ordered;
-}
+uint64_t rank_of(float score, bool forced) { return (uint64_t{forced} << 32) | score_order(score); }
 
 uint64_t mass_of(float score, float max) {
   if (std::isnan(score) || max == -kInfinity) return 0;

@@ -10,6 +10,7 @@ import attnsieve
 
 PUBLIC = (
     "BlockIndex",
+    "TokenIndex",
     "block_sparse_attention",
     "build_info",
     "merge_states",
@@ -17,6 +18,8 @@ PUBLIC = (
     "reference",
     "select_blocks",
     "select_from_scores",
+    "select_threshold",
+    "select_topk",
     "threshold_attention",
 )
 

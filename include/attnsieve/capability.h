@@ -58,6 +58,8 @@ inline const std::vector<Capability>& capabilities() {
       "varlen, paged, strides, lse, sink, threshold";
   static const char* const kSelectFeatures =
       "top-k, fraction, top-p; sink, local and diagonal blocks; causal, window";
+  static const char* const kTokenFeatures =
+      "tokens, pages; any budget; sink and recent ranges; causal rows; slots through a page table";
   static const std::vector<Capability> table = {
       {"attend",
        Backend::kCpu,
@@ -91,6 +93,8 @@ inline const std::vector<Capability>& capabilities() {
        "any number of states"},
       {"select_blocks", Backend::kCpu, {DType::kFloat32}, {}, 0, kSelectFeatures},
       {"select_blocks", Backend::kSm80, {DType::kFloat32}, {}, 0, kSelectFeatures},
+      {"select_topk", Backend::kCpu, {DType::kFloat32}, {}, 0, kTokenFeatures},
+      {"select_threshold", Backend::kCpu, {DType::kFloat32}, {}, 0, kTokenFeatures},
   };
   return table;
 }

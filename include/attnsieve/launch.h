@@ -27,6 +27,7 @@ namespace cpu {
 void attend(const AttendProblem& problem, const ParallelFor& parallel_for);
 void merge_states(const MergeProblem& problem, const ParallelFor& parallel_for);
 void select_blocks(const SelectProblem& problem, const ParallelFor& parallel_for);
+void select_tokens(const TokenSelectProblem& problem, const ParallelFor& parallel_for);
 }  // namespace cpu
 
 namespace cuda {
@@ -36,6 +37,7 @@ size_t attend_workspace_bytes(const AttendProblem& problem);
 void attend(const AttendProblem& problem, void* stream);
 void merge_states(const MergeProblem& problem, void* stream);
 void select_blocks(const SelectProblem& problem, void* stream);
+void select_tokens(const TokenSelectProblem& problem, void* stream);
 }  // namespace cuda
 
 }  // namespace attnsieve

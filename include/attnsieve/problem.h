@@ -129,4 +129,37 @@ struct SelectProblem {
   int64_t num_k_blocks() const { return (seqlen_k + block_k - 1) / block_k; }
 };
 
+enum class TokenRule : int32_t {
+  kTopK,  // the `capacity` best
+  kThreshold,  // scores above a threshold; where more than `capacity` are, the best of them
+};
+
+// Lists of token or page scores -> TokenIndex. The candidates of a list are its first
+// ceil(visible keys / page_size) scores; the first `sink` and the last `recent` of them are kept
+// whatever their scores. Ranking: larger scores, then smaller positions; NaN below -inf.
+struct TokenSelectProblem {
+  const float* scores = nullptr;  // [B, Sq, H, columns], last dimension contiguous
+  int64_t scores_stride_batch = 0;
+  int64_t scores_stride_row = 0;
+  int64_t scores_stride_head = 0;
+  int32_t* indices = nullptr;  // [B, Sq, H, capacity] contiguous, ascending, tail filled with -1
+  int32_t* counts = nullptr;  // [B, Sq, H] contiguous
+  int32_t* passed = nullptr;  // like counts: entries before the cut to capacity; may be nullptr
+  int64_t batch = 0;
+  int64_t seqlen_q = 1;
+  int64_t num_lists = 0;
+  int64_t columns = 0;
+  int32_t capacity = 0;
+  int64_t page_size = 1;  // keys that a score stands for
+  int64_t sink = 0;  // sink + recent <= capacity
+  int64_t recent = 0;
+  bool causal = false;  // row i sees seq_lens[b] - Sq + 1 + i keys, otherwise seq_lens[b]
+  TokenRule rule = TokenRule::kTopK;
+  Threshold threshold;  // value or per_head, without lambda's meaning: a plain limit on scores
+  // seq_lens (nullptr: every score is a candidate), clamped to what the scores cover. With a
+  // block_table tokens become slots page * pages.page_size + row, and pages, where page_size ==
+  // pages.page_size, page ids; -1 where the table names no page.
+  PagedKv pages;
+};
+
 }  // namespace attnsieve

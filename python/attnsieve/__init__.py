@@ -21,11 +21,14 @@ from attnsieve.ops import (  # noqa: E402  (after the ops)
     select_from_scores,
     threshold_attention,
 )
+from attnsieve.ops_decode import select_threshold, select_topk  # noqa: E402  (after the ops)
+from attnsieve.token_index import TokenIndex  # noqa: E402  (after the ops)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockIndex",
+    "TokenIndex",
     "block_sparse_attention",
     "build_info",
     "capabilities",
@@ -35,6 +38,8 @@ __all__ = [
     "reference",
     "select_blocks",
     "select_from_scores",
+    "select_threshold",
+    "select_topk",
     "threshold_attention",
 ]
 

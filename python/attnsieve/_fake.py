@@ -85,3 +85,42 @@ def _select_blocks(
     capacity = min(num_k_blocks, max(kept, forced))
     counts = scores.new_empty((batch, heads, rows), dtype=torch.int32)
     return counts, scores.new_empty((batch, heads, rows, capacity), dtype=torch.int32)
+
+
+@torch.library.register_fake("attnsieve::select_topk")
+def _select_topk(
+    scores: Tensor,
+    seq_lens: Tensor | None,
+    k: int,
+    page_size: int,
+    sink: int,
+    recent: int,
+    causal: bool,
+    block_table: Tensor | None,
+    table_page_size: int,
+    num_pages: int,
+) -> tuple[Tensor, Tensor]:
+    shape = scores.shape[:-1]
+    indices = scores.new_empty((*shape, k), dtype=torch.int32)
+    return indices, scores.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.register_fake("attnsieve::select_threshold")
+def _select_threshold(
+    scores: Tensor,
+    seq_lens: Tensor | None,
+    threshold: float | None,
+    threshold_per_head: Tensor | None,
+    capacity: int,
+    page_size: int,
+    sink: int,
+    recent: int,
+    causal: bool,
+    block_table: Tensor | None,
+    table_page_size: int,
+    num_pages: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = scores.shape[:-1]
+    indices = scores.new_empty((*shape, capacity), dtype=torch.int32)
+    counts, passed = (scores.new_empty(shape, dtype=torch.int32) for _ in range(2))
+    return indices, counts, passed

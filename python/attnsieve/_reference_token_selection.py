@@ -129,8 +129,9 @@ def select_threshold(
 ) -> tuple[TokenIndex, Tensor]:
     """Oracle of ``select_threshold``: what scores strictly above ``threshold``, and the forced.
 
-    ``threshold`` is a number (rounded to float32), ``[B]`` or ``[B, H]``. Where more than ``capacity`` pass, the best of
-    them in the order of :func:`select_topk`. Other arguments as there.
+    ``threshold`` is a number (rounded to float32), ``[B]`` or ``[B, H]``. Where more than
+    ``capacity`` pass, the best of them in the order of :func:`select_topk`. Other arguments as
+    there.
 
     Returns:
         ``(index, passed)``; ``passed`` int32 like ``index.counts``, how many passed before the cut.

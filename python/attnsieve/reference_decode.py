@@ -137,8 +137,8 @@ def decode(
                             times[i, length + entry] += 1
                     else:
                         first = entry * index.page_size
-                        times[i, first : min(first + index.page_size, begin)] += 1
-                times[i, begin:length] = 1
+                        times[i, first : first + index.page_size] += 1
+                times[i, begin:length] = 1  # once, whatever the list says
             times[:, :length] *= visible
             kv_head = h // (num_heads // num_kv_heads)
             scores = scaled_scores(q[b, h], own_k[kv_head], softmax_scale)

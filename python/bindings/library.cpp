@@ -17,16 +17,29 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
       "float? fraction, float? top_p, int min_blocks, int sink_blocks, int local_blocks, bool "
       "diagonal, "
       "bool causal, int window_left, int window_right) -> (Tensor counts, Tensor columns)");
+  m.def(
+      "select_topk(Tensor scores, Tensor? seq_lens, int k, int page_size, int sink, int recent, "
+      "bool causal, Tensor? block_table, int table_page_size, int num_pages) "
+      "-> (Tensor indices, Tensor counts)");
+  m.def(
+      "select_threshold(Tensor scores, Tensor? seq_lens, float? threshold, "
+      "Tensor? threshold_per_head, int capacity, int page_size, int sink, int recent, "
+      "bool causal, Tensor? block_table, int table_page_size, int num_pages) "
+      "-> (Tensor indices, Tensor counts, Tensor passed)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
   m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
+  m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
+  m.impl("select_threshold", TORCH_BOX(&attnsieve::binding::select_threshold));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
   m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
+  m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
+  m.impl("select_threshold", TORCH_BOX(&attnsieve::binding::select_threshold));
 }

@@ -29,4 +29,15 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& scores, int64_t seqlen_q,
                                          int64_t sink_blocks, int64_t local_blocks, bool diagonal,
                                          bool causal, int64_t window_left, int64_t window_right);
 
+std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const std::optional<Tensor>& seq_lens,
+                                       int64_t k, int64_t page_size, int64_t sink, int64_t recent,
+                                       bool causal, const std::optional<Tensor>& block_table,
+                                       int64_t table_page_size, int64_t num_pages);
+
+std::tuple<Tensor, Tensor, Tensor> select_threshold(
+    const Tensor& scores, const std::optional<Tensor>& seq_lens, std::optional<double> threshold,
+    const std::optional<Tensor>& threshold_per_head, int64_t capacity, int64_t page_size,
+    int64_t sink, int64_t recent, bool causal, const std::optional<Tensor>& block_table,
+    int64_t table_page_size, int64_t num_pages);
+
 }  // namespace attnsieve::binding
