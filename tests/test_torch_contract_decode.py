@@ -11,6 +11,10 @@ from numerics import assert_bitwise
 ops = torch.ops.attnsieve
 
 SCHEMAS = {
+    "decode": "attnsieve::decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, "
+    "Tensor? seq_lens, Tensor? indices, Tensor? counts, int index_page_size, bool physical, "
+    "Tensor? dense_begin, int recent, Tensor? sink, float softmax_scale, bool causal) "
+    "-> (Tensor out, Tensor lse)",
     "select_topk": "attnsieve::select_topk(Tensor scores, Tensor? seq_lens, int k, int page_size, "
     "int sink, int recent, bool causal, Tensor? block_table, int table_page_size, int num_pages) "
     "-> (Tensor indices, Tensor counts)",
@@ -57,7 +61,33 @@ def threshold_samples():
     return samples
 
 
-SAMPLES = {"select_topk": topk_samples(), "select_threshold": threshold_samples()}
+def decode_samples():
+    q, k, v = (randn((2, h, n, 64), seed=h) for h, n in ((4, 3), (2, 48), (2, 48)))
+    bshd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    pages = [x.reshape(6, 16, 2, 64) for x in (k, v)]
+    table = torch.tensor([[3, 1, -1], [0, 2, 5]], dtype=torch.int32)
+    lens = torch.tensor([20, 48], dtype=torch.int32)
+    lists = torch.arange(0, 30, 3, dtype=torch.int32).expand(2, 1, 10)
+    rows, counts = lists[:, None].expand(2, 3, 1, 10), torch.full((2, 1), 7, dtype=torch.int32)
+    everything = (None, None, 1, False, None, 0, None)
+    return {
+        "everything": (q, k, v, None, None, *everything, 0.125, True),
+        "bshd": (*bshd, None, lens, *everything, 0.125, False),
+        "paged": (q, *pages, table, lens, *everything, 0.125, True),
+        "tokens": (q, k, v, None, lens, lists, counts, 1, False, None, 2, None, 0.1, True),
+        "rows": (q, k, v, None, lens, rows, None, 1, False, lens - 3, 0, None, 0.1, True),
+        "pages": (q, *pages, table, lens, lists, counts, 4, False, None, 0, q[0, :, 0, 0].clone())
+        + (0.1, True),
+        "slots": (q, *pages, table, lens, lists, counts, 1, True, None, 0, None, 0.1, True),
+        "empty": (q[:0], k[:0], v[:0], None, None, *everything, 0.125, True),
+    }
+
+
+SAMPLES = {
+    "decode": decode_samples(),
+    "select_topk": topk_samples(),
+    "select_threshold": threshold_samples(),
+}
 NAMES = [(op, name) for op, made in SAMPLES.items() for name in made]
 
 
@@ -70,19 +100,25 @@ def test_opcheck(op, name):
 def test_fake_results_have_the_real_strides(op, name):
     real = getattr(ops, op)(*SAMPLES[op][name])
     with torch._subclasses.FakeTensorMode() as mode:
-        arguments = [
+        fakes = [
             mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in SAMPLES[op][name]
         ]
-        fake = getattr(ops, op)(*arguments)
+        fake = getattr(ops, op)(*fakes)
     for have, want in zip(fake, real, strict=True):
         assert (have.shape, have.dtype) == (want.shape, want.dtype)
         assert have.stride() == want.stride() and have.device == want.device
 
 
-def choose(scores, seq_lens, limits):
+def choose(scores, seq_lens, limits, q, k):
     best = attnsieve.select_topk(scores, 8, seq_lens=seq_lens, recent=1)
     above, passed = attnsieve.select_threshold(scores, limits, 8, seq_lens=seq_lens)
-    return best, above, passed
+    out, lse = attnsieve.decode(q, k, k, best, seq_lens=seq_lens, recent=2, return_lse=True)
+    return best, above, passed, out, lse
+
+
+def arguments(columns):
+    q, k = randn((2, 6, 2, 64)), randn((2, 3, columns, 64), seed=1)
+    return randn((2, 3, columns)), torch.tensor([50, 20]).int(), torch.zeros(2), q, k
 
 
 def leaves(results):
@@ -94,7 +130,7 @@ def test_compile_fullgraph(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(choose, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for columns in (50, 70):
-        args = randn((2, 3, columns)), torch.tensor([50, 20]).int(), torch.zeros(2)
+        args = arguments(columns)
         results = compiled(*args)
         assert isinstance(results[0], TokenIndex) and results[0].page_size == 1
         for have, want in zip(leaves(results), leaves(choose(*args)), strict=True):
@@ -103,10 +139,10 @@ def test_compile_fullgraph(dynamic):
 
 def test_export():
     class Choose(torch.nn.Module):
-        def forward(self, scores, seq_lens, limits):
-            return choose(scores, seq_lens, limits)
+        def forward(self, scores, seq_lens, limits, q, k):
+            return choose(scores, seq_lens, limits, q, k)
 
-    args = randn((2, 3, 50)), torch.tensor([50, 20]).int(), torch.zeros(2)
+    args = arguments(50)
     program = torch.export.export(Choose(), args)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {f"attnsieve.{op}.default" for op in SAMPLES} <= called

@@ -13,6 +13,7 @@ PUBLIC = (
     "TokenIndex",
     "block_sparse_attention",
     "build_info",
+    "decode",
     "merge_states",
     "pooled_block_scores",
     "reference",

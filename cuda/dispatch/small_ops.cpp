@@ -1,4 +1,4 @@
-// merge_states, select_blocks and select_tokens on CUDA.
+// merge_states and select_blocks on CUDA; refusals of what has no kernel there.
 #include "attnsieve/launch.h"
 #include "cuda/dispatch/device.h"
 #include "cuda/dispatch/instantiations.h"
@@ -12,6 +12,10 @@ void merge_states(const MergeProblem& problem, void* stream) {
 
 void select_blocks(const SelectProblem& problem, void* stream) {
   sm80::launch_select_blocks(problem, select_threads(problem.num_k_blocks()), stream);
+}
+
+void decode(const DecodeProblem&, void*) {
+  throw Unsupported("decode has no CUDA kernel; supported: cpu");
 }
 
 void select_tokens(const TokenSelectProblem&, void*) {

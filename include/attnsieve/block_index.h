@@ -33,4 +33,29 @@ struct BlockIndexView {
   constexpr int32_t unit_keys() const { return block_k < kUnitKeys ? block_k : kUnitKeys; }
 };
 
+// TokenIndex: which cached tokens or pages each new query row attends to.
+//   indices int32 [B, Hidx, k], or [B, Sq, Hidx, k] for lists of each row's own
+//   counts  int32, the same without k; nullptr: all k entries are read
+// Entry e stands for the keys [e * page_size, (e + 1) * page_size). Negative entries and keys beyond
+// the sequence are skipped, counts are clamped to [0, k], a repeated entry is attended twice.
+struct TokenIndexView {
+  const int32_t* indices = nullptr;
+  const int32_t* counts = nullptr;
+  int64_t indices_stride_batch = 0;
+  int64_t indices_stride_row = 0;
+  int64_t indices_stride_head = 0;
+  int64_t counts_stride_batch = 0;
+  int64_t counts_stride_row = 0;
+  int64_t counts_stride_head = 0;
+  int32_t num_rows = 1;  // 1: one list serves all new rows
+  int32_t capacity = 0;  // k
+  int32_t heads_per_list = 0;  // query head h reads list h / heads_per_list; 0: no index, attend to
+  // every visible key (empty lists may have no memory)
+  int64_t page_size = 1;
+  bool physical = false;  // entries are slots page * PagedKv::page_size + row, not positions
+
+  constexpr bool given() const { return heads_per_list > 0; }
+  constexpr bool per_row() const { return given() && num_rows > 1; }
+};
+
 }  // namespace attnsieve

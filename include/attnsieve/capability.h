@@ -79,6 +79,13 @@ inline const std::vector<Capability>& capabilities() {
        {64, 96, 128, 256},
        256,
        kAttendFeatures},
+      {"decode",
+       Backend::kCpu,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       "everything, TokenIndex (tokens, pages, slots), dense range, 1 to 8 rows, GQA, paged (any "
+       "page_size), lse, sink"},
       {"merge_states",
        Backend::kCpu,
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},

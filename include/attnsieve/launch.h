@@ -25,6 +25,7 @@ struct ParallelFor {
 
 namespace cpu {
 void attend(const AttendProblem& problem, const ParallelFor& parallel_for);
+void decode(const DecodeProblem& problem, const ParallelFor& parallel_for);
 void merge_states(const MergeProblem& problem, const ParallelFor& parallel_for);
 void select_blocks(const SelectProblem& problem, const ParallelFor& parallel_for);
 void select_tokens(const TokenSelectProblem& problem, const ParallelFor& parallel_for);
@@ -35,6 +36,7 @@ namespace cuda {
 size_t attend_workspace_bytes(const AttendProblem& problem);
 // `stream` is a cudaStream_t of the current device.
 void attend(const AttendProblem& problem, void* stream);
+void decode(const DecodeProblem& problem, void* stream);
 void merge_states(const MergeProblem& problem, void* stream);
 void select_blocks(const SelectProblem& problem, void* stream);
 void select_tokens(const TokenSelectProblem& problem, void* stream);

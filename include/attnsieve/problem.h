@@ -76,6 +76,31 @@ struct AttendProblem {
   int64_t group_size() const { return num_heads / num_kv_heads; }
 };
 
+inline constexpr int kMaxDecodeRows = 8;
+
+// Attention of a few new query rows per sequence. Their own keys are in the cache: row i of Sq sees
+// keys j <= i + length - Sq.
+struct DecodeProblem {
+  HeadTensor q, k, v, out;  // paged: as in PagedKv
+  RowTensor lse;  // data may be nullptr
+  int64_t batch = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t seqlen_q = 0;  // at most kMaxDecodeRows
+  int64_t seqlen_k = 0;  // keys that the cache has room for, per sequence
+  int64_t head_dim = 0;
+  DType dtype = DType::kFloat32;
+  float softmax_scale = 0.0f;
+  bool causal = true;
+  PagedKv paged;  // any page_size; seq_lens may stand alone, for a contiguous cache
+  TokenIndexView index;
+  // With an index: keys from min(dense_begin[b], length - recent) on are attended besides the list,
+  // whose keys there are dropped. nullptr and 0: no such range.
+  const int32_t* dense_begin = nullptr;  // [B]
+  int64_t recent = 0;
+  const float* sink = nullptr;  // float32 [Hq]
+};
+
 // out[i] = sum_n softmax_n(lse[n, i]) * outs[n, i];  lse[i] = logsumexp_n lse[n, i]. Rows are
 // flattened.
 struct MergeProblem {

@@ -21,7 +21,11 @@ from attnsieve.ops import (  # noqa: E402  (after the ops)
     select_from_scores,
     threshold_attention,
 )
-from attnsieve.ops_decode import select_threshold, select_topk  # noqa: E402  (after the ops)
+from attnsieve.ops_decode import (  # noqa: E402  (after the ops)
+    decode,
+    select_threshold,
+    select_topk,
+)
 from attnsieve.token_index import TokenIndex  # noqa: E402  (after the ops)
 
 __version__ = "0.1.0"
@@ -32,6 +36,7 @@ __all__ = [
     "block_sparse_attention",
     "build_info",
     "capabilities",
+    "decode",
     "kernel_attributes",
     "merge_states",
     "pooled_block_scores",

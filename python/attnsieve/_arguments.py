@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnsieve.index import BlockIndex
+from attnsieve.token_index import TokenIndex
 
 Window = tuple[int, int]
 
@@ -100,6 +101,28 @@ def check_values(
         longest_k = _check_pages(k.shape[0], k.shape[1], block_table, seq_lens)
     if index is not None:
         index.validate(-(-longest_k // index.block_k))
+
+
+def check_decode_values(
+    cache: Tensor,
+    index: TokenIndex | None,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+) -> None:
+    """Reads lengths, tables and index on the host and raises for the first bad value."""
+    lengths = cache.shape[2]
+    if seq_lens is not None and block_table is not None:
+        _check_pages(cache.shape[0], cache.shape[1], block_table, seq_lens)
+        lengths = seq_lens
+    elif seq_lens is not None:
+        for b, length in enumerate(seq_lens.tolist()):
+            if not 0 <= length <= lengths:
+                raise ValueError(f"seq_lens[{b}] = {length} is outside [0, {lengths}]")
+        lengths = seq_lens
+    if index is not None and index.physical:
+        index.validate(cache.shape[0] * cache.shape[1])
+    elif index is not None:
+        index.validate(-(-lengths // index.page_size))
 
 
 def _check_pages(num_pages: int, page_size: int, block_table: Tensor, seq_lens: Tensor) -> int:

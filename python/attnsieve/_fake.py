@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _attend_out(q: Tensor) -> Tensor:
-    # Repeats allocate_out of python/bindings/attend.cpp.
+    # Repeats allocate_out of python/bindings/layout.h.
     if q.dim() == 4:
         batch, heads, rows, head_dim = q.shape
         if heads > 1 and rows > 1 and q.stride(1) < q.stride(2) and q.stride(1) != 0:
@@ -49,6 +49,26 @@ def _attend(
     voted = threshold is not None or threshold_per_head is not None
     counters = q.new_empty((batch, heads, 2) if voted else (0,), dtype=torch.int64)
     return _attend_out(q), q.new_empty(lse_shape, dtype=torch.float32), counters
+
+
+@torch.library.register_fake("attnsieve::decode")
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    index_page_size: int,
+    physical: bool,
+    dense_begin: Tensor | None,
+    recent: int,
+    sink: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    return _attend_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("attnsieve::merge_states")

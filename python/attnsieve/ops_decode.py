@@ -1,4 +1,4 @@
-"""The public functions of the decode family: choosing tokens or pages of the KV cache.
+"""The public functions of the decode family: attention over a KV cache, and what it reads of it.
 
 Letters as in :mod:`attnsieve.ops`; ``N`` scored candidates, ``Hidx`` lists per sequence. The
 float64 oracles are in :mod:`attnsieve.reference_decode`, with the same names and arguments.
@@ -9,15 +9,90 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnsieve._arguments import call_op
+from attnsieve._arguments import call_op, check_decode_values, default_scale
 from attnsieve.token_index import TokenIndex
 
-__all__ = ["select_threshold", "select_topk"]
+__all__ = ["decode", "select_threshold", "select_topk"]
 
 
 def _require_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    index: TokenIndex | None = None,
+    *,
+    block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    dense_begin: Tensor | None = None,
+    recent: int = 0,
+    sink: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    validate: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention of 1 to 8 new query rows per sequence over what ``index`` lists.
+
+    Args:
+        q: ``[B, Hq, Sq, D]``, float16 or bfloat16, float32 on CPU too. The new rows' own keys are
+            in the cache: row i sees keys ``j <= i + T - Sq`` of its sequence's T.
+        k_cache, v_cache: dtype of q; contiguous ``[B, Hkv, S, D]``, or with ``block_table`` pages
+            ``[num_pages, page_size, Hkv, D]`` of any page_size.
+        index: tokens or pages to attend to; None is everything. Its list heads are Hq, Hkv or 1.
+            Keys beyond T or the row's causal limit are skipped.
+        block_table: int32 ``[B, max_pages]``: key j is row ``j % page_size`` of page
+            ``block_table[b, j // page_size]``. Keys behind an entry outside ``[0, num_pages)`` are
+            masked.
+        seq_lens: int32 ``[B]``, T of each sequence, clamped to ``[0, capacity]``. Needed with
+            ``block_table``; without, the default is all of a contiguous cache.
+        dense_begin, recent: with an index, int32 ``[B]`` and a number: keys from
+            ``min(dense_begin[b], T - recent)`` on are attended besides the list. What the list says
+            there is dropped, so each key counts once.
+        sink: float32 ``[Hq]``: one more logit per row that has no value. Not scaled.
+        softmax_scale: positive; default ``1 / sqrt(D)``.
+        causal: False lets every new row see all T keys.
+        validate: check lengths, pages and ``index`` on the host first (synchronises).
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        ``out`` like q, or ``(out, lse)`` with ``lse`` float32 ``[B, Hq, Sq]``: natural logarithm,
+        sink included. A row with nothing to attend to gives 0 and -inf (with a sink: 0 and the
+        sink).
+
+    Raises:
+        ValueError: malformed argument, named in the text; with ``validate`` also a bad value.
+        NotImplementedError: no kernel for the device, dtype or head dim; or gradients are asked
+            for: there is no backward yet.
+    """
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _require_tensor(name, tensor)
+    if index is not None and not isinstance(index, TokenIndex):
+        raise TypeError(f"index: expected a TokenIndex or None, got {type(index).__name__}")
+    if validate:
+        check_decode_values(k_cache, index, block_table, seq_lens)
+    out, lse = call_op(
+        torch.ops.attnsieve.decode.default,
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        None if index is None else index.indices,
+        None if index is None else index.counts,
+        1 if index is None else index.page_size,
+        False if index is None else index.physical,
+        dense_begin,
+        recent,
+        sink,
+        default_scale(q, softmax_scale),
+        causal,
+    )
+    return (out, lse) if return_lse else out
 
 
 def select_topk(

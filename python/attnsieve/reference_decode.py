@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from attnsieve._arguments import _check_pages
+from attnsieve._arguments import check_decode_values
 from attnsieve._reference_selection import visible_mask
 from attnsieve._reference_threshold import scaled_scores
 from attnsieve._reference_token_selection import select_threshold, select_topk
@@ -104,7 +104,7 @@ def decode(
     if index is not None and index.physical and (block_table is None or index.page_size > 1):
         raise ValueError("index: physical entries are slots of single tokens in a paged cache")
     if validate:
-        _validate(k_cache, index, block_table, seq_lens, capacity)
+        check_decode_values(k_cache, index, block_table, seq_lens)
     head_axis = 1 if block_table is None else 2
     keys, values = (
         _dequantized(x, scale, head_axis) for x, scale in ((k_cache, k_scale), (v_cache, v_scale))
@@ -145,21 +145,6 @@ def decode(
             own_sink = None if sink is None else sink[h]
             out[b, h], lse[b, h] = _softmax_attention(scores, own_v[kv_head], times, own_sink)
     return (out, lse) if return_lse else out
-
-
-def _validate(cache, index, block_table, seq_lens, capacity) -> None:
-    lengths = capacity
-    if block_table is not None:
-        _check_pages(cache.shape[0], cache.shape[1], block_table, seq_lens)
-    if seq_lens is not None:
-        for b, length in enumerate(seq_lens.tolist()):
-            if not 0 <= length <= capacity:
-                raise ValueError(f"seq_lens[{b}] = {length} is outside [0, {capacity}]")
-        lengths = seq_lens
-    if index is not None and index.physical:
-        index.validate(cache.shape[0] * cache.shape[1])
-    elif index is not None:
-        index.validate(-(-lengths // index.page_size))
 
 
 def _reduce(x: Tensor, mask: Tensor, how: str, dim: int) -> Tensor:

@@ -10,6 +10,11 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
       "Tensor? seq_lens, Tensor? sink, float? threshold, Tensor? threshold_per_head, "
       "int skip_block, float softmax_scale, bool causal, int window_left, int window_right) "
       "-> (Tensor out, Tensor lse, Tensor counters)");
+  m.def(
+      "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor? seq_lens, "
+      "Tensor? indices, Tensor? counts, int index_page_size, bool physical, "
+      "Tensor? dense_begin, int recent, Tensor? sink, float softmax_scale, bool causal) "
+      "-> (Tensor out, Tensor lse)");
   m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
   m.def(
       "select_blocks(Tensor scores, int seqlen_q, int seqlen_k, int block_q, int block_k, int? "
@@ -30,6 +35,7 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
   m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
+  m.impl("decode", TORCH_BOX(&attnsieve::binding::decode));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
@@ -38,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
   m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
+  m.impl("decode", TORCH_BOX(&attnsieve::binding::decode));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));

@@ -19,6 +19,15 @@ std::tuple<Tensor, Tensor, Tensor> attend(
     const std::optional<Tensor>& threshold_per_head, int64_t skip_block, double softmax_scale,
     bool causal, int64_t window_left, int64_t window_right);
 
+std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const std::optional<Tensor>& block_table,
+                                  const std::optional<Tensor>& seq_lens,
+                                  const std::optional<Tensor>& indices,
+                                  const std::optional<Tensor>& counts, int64_t index_page_size,
+                                  bool physical, const std::optional<Tensor>& dense_begin,
+                                  int64_t recent, const std::optional<Tensor>& sink,
+                                  double softmax_scale, bool causal);
+
 std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses);
 
 std::tuple<Tensor, Tensor> select_blocks(const Tensor& scores, int64_t seqlen_q, int64_t seqlen_k,
