@@ -191,6 +191,19 @@ def test_bad_numbers_reach_only_rows_that_attend_to_them(where, value):
     assert attnsieve.decode(q, k, v, index).isfinite().all()
 
 
+def test_a_bad_value_first_in_its_step():
+    """Rows that do not see it still have their earlier keys rescaled for the step's new maximum."""
+    q, k, v = (randn((1, h, n, 64), seed=h) for h, n in ((2, 2), (1, 70), (1, 70)))
+    k[..., 68, :] = 3 * q[0, 0, 0]  # the maximum of row 0 rises in the second step of 64 keys
+    order = torch.tensor([*range(64), 69, *range(64, 69)], dtype=torch.int32)
+    index = TokenIndex(order.expand(1, 1, 70))
+    clean = attnsieve.decode(q, k, v, index)
+    v[..., 69, 3] = NAN
+    dirty = attnsieve.decode(q, k, v, index)
+    torch.testing.assert_close(dirty[:, :, 0], clean[:, :, 0], rtol=1e-6, atol=1e-6)
+    assert dirty[:, :, 1, 3].isnan().all() and dirty.isnan().sum() == 2
+
+
 def test_results_depend_on_neither_neighbours_nor_threads():
     pick = dict(CASES[0], cache=16, index=("kv", 1), lengths=(700, 333), rows=2, heads=(8, 2))
     pick |= dict(head_dim=64, dtype=torch.bfloat16, dense="recent", k=130)
