@@ -73,8 +73,7 @@ AttendPlan plan_attend(const AttendProblem& problem) {
   // one; where there is no counter for that, the hardware's order of CTAs balances causal dense
   // problems better than a fixed share each.
   const bool right_bound = problem.mask.causal || problem.mask.window_right >= 0;
-  plan.dynamic =
-      plan.warpgroups == 2 && (indexed || right_bound) && problem.workspace != nullptr;
+  plan.dynamic = plan.warpgroups == 2 && (indexed || right_bound) && problem.workspace != nullptr;
   plan.persistent = plan.warpgroups == 2 && (indexed || !right_bound || plan.dynamic);
   return plan;
 }

@@ -110,7 +110,7 @@ ItemCount count_items(const AttendProblem& problem, const AttendPlan& plan) {
   // Over B sequences of together T rows, ceil((t + lead) / tile) sums up to at most this.
   const int64_t row_tiles =
       problem.is_varlen() ? problem.seqlen_q / tile_rows + problem.batch * (lead_rows > 0 ? 2 : 1)
-             : problem.batch * ((rows + tile_rows - 1) / tile_rows);
+                          : problem.batch * ((rows + tile_rows - 1) / tile_rows);
   const int64_t heads_per_item = plan.pack_heads ? plan.warpgroups : 1;
   const int64_t head_slots =
       problem.num_kv_heads * ((problem.group_size() + heads_per_item - 1) / heads_per_item);
