@@ -9,6 +9,8 @@ from attnsieve.index import BlockIndex
 
 Window = tuple[int, int]
 
+DEFAULT_BLOCK = 64  # query rows, and keys, of a block
+
 _UNSUPPORTED = "attnsieve unsupported: "  # status.h, Unsupported::kPrefix
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnsieve._arguments import (
+    DEFAULT_BLOCK,
     Window,
     call_op,
     check_values,
@@ -27,7 +28,6 @@ __all__ = [
     "threshold_attention",
 ]
 
-_DEFAULT_BLOCK = 64
 _SKIP_BLOCK = 128
 
 
@@ -65,8 +65,8 @@ def _attend(
         v,
         None if index is None else index.counts,
         None if index is None else index.columns,
-        _DEFAULT_BLOCK if index is None else index.block_q,
-        _DEFAULT_BLOCK if index is None else index.block_k,
+        DEFAULT_BLOCK if index is None else index.block_q,
+        DEFAULT_BLOCK if index is None else index.block_k,
         cu_seqlens_q,
         cu_seqlens_k,
         block_table,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnsieve._arguments import (
+    DEFAULT_BLOCK,
     Window,
     call_op,
     default_scale,
@@ -17,8 +18,6 @@ from attnsieve._arguments import (
 from attnsieve.index import BlockIndex
 
 __all__ = ["pooled_block_scores", "select_blocks", "select_from_scores"]
-
-_DEFAULT_BLOCK = 64
 
 
 def _pool(x: Tensor, block: int) -> Tensor:
@@ -37,8 +36,8 @@ def pooled_block_scores(
     q: Tensor,
     k: Tensor,
     *,
-    block_q: int = _DEFAULT_BLOCK,
-    block_k: int = _DEFAULT_BLOCK,
+    block_q: int = DEFAULT_BLOCK,
+    block_k: int = DEFAULT_BLOCK,
     softmax_scale: float | None = None,
 ) -> Tensor:
     """Block scores from mean-pooled queries and keys (MInference, MoBA and others).
@@ -77,8 +76,8 @@ def select_from_scores(
     topk: int | None = None,
     fraction: float | None = None,
     top_p: float | None = None,
-    block_q: int = _DEFAULT_BLOCK,
-    block_k: int = _DEFAULT_BLOCK,
+    block_q: int = DEFAULT_BLOCK,
+    block_k: int = DEFAULT_BLOCK,
     min_blocks: int = 1,
     sink_blocks: int = 1,
     local_blocks: int = 0,
@@ -139,8 +138,8 @@ def select_blocks(
     topk: int | None = None,
     fraction: float | None = None,
     top_p: float | None = None,
-    block_q: int = _DEFAULT_BLOCK,
-    block_k: int = _DEFAULT_BLOCK,
+    block_q: int = DEFAULT_BLOCK,
+    block_k: int = DEFAULT_BLOCK,
     min_blocks: int = 1,
     sink_blocks: int = 1,
     local_blocks: int = 0,
