@@ -177,6 +177,16 @@ def random_block_mask(shape, density, seed=0) -> torch.Tensor:
     return draw < density
 
 
+def qkv(device, shape_q, shape_k, dtype=None, seed=0):
+    dtype = dtype or DTYPES[device][0]
+    q = randn(shape_q, dtype, device, 3 * seed)
+    return (
+        q,
+        randn(shape_k, dtype, device, 3 * seed + 1),
+        randn(shape_k, dtype, device, 3 * seed + 2),
+    )
+
+
 def random_index(
     batch, list_heads, seqlen_q, seqlen_k, block=(64, 64), density=0.3, device="cpu", seed=0
 ) -> BlockIndex:

@@ -87,6 +87,21 @@ def test_masked_keys_inside_visited_tiles(device, fill):
 
 
 @pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_masked_keys_inside_listed_blocks(device, block, fill):
+    """The same in a block of a list: rows of one q-block part company within it."""
+    for head_dim in head_dims(device):
+        case = Case(device, 150, 150, head_dim=head_dim, causal=True, block=block, density=1.0)
+        problem = build(case)
+        expected = attend(*problem.args, causal=True, return_lse=True)
+        problem.k[:, :, 100:], problem.v[:, :, 100:] = fill, fill
+        actual = attend(*problem.args, causal=True, return_lse=True)
+        for got, want in zip(actual, expected, strict=True):
+            what = f"rows before the poison, head_dim {head_dim}"
+            assert_bitwise(got[:, :, :100], want[:, :, :100], what)
+
+
+@pytest.mark.parametrize("fill", FILLS)
 def test_keys_outside_every_window(device, fill):
     problem = build(Case(device, 100, 500, window=(30, 10)))
     expected = attend(*problem.args, window=(30, 10), return_lse=True)

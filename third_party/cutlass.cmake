@@ -11,3 +11,7 @@ if(NOT EXISTS "${CUTLASS_DIR}/include/cute/tensor.hpp")
 endif()
 add_library(cutlass_headers INTERFACE)
 target_include_directories(cutlass_headers SYSTEM INTERFACE "${CUTLASS_DIR}/include")
+# Their host half includes libcu++ (cuda/std/...). nvcc knows where it lies and CMake 4 reports that folder; with an older
+# CMake a host compiler has to be told (CUDA 13 moved it to include/cccl).
+find_path(CCCL_INCLUDE_DIR cuda/std/utility HINTS ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} PATH_SUFFIXES cccl REQUIRED)
+target_include_directories(cutlass_headers SYSTEM INTERFACE $<$<COMPILE_LANGUAGE:CXX>:${CCCL_INCLUDE_DIR}>)

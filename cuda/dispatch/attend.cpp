@@ -60,9 +60,9 @@ void attend_sm90(const AttendProblem& problem, const DeviceInfo& device, void* s
   const sm90::AttendPlan plan = sm90::plan_attend(problem);
   const sm90::AttendArguments arguments = sm90::make_arguments(problem, plan);
   if (plan.dynamic) {
-    check_cuda(cudaMemsetAsync(problem.workspace, 0, sizeof(unsigned),
-                               static_cast<cudaStream_t>(stream)),
-               "attend: zero the workspace");
+    check_cuda(
+        cudaMemsetAsync(problem.workspace, 0, sizeof(unsigned), static_cast<cudaStream_t>(stream)),
+        "attend: zero the workspace");
   }
   const auto launch = [&](auto interleaved) {
     constexpr bool kInterleaved = decltype(interleaved)::value;

@@ -66,15 +66,17 @@ AttendPlan plan_attend(const AttendProblem& problem) {
       half_rows && !narrow && problem.index.heads_per_list > 1 && problem.group_size() > 1;
   plan.warpgroups = narrow || (half_rows && !plan.pack_heads) ? 1 : 2;
   plan.tile_n = narrow || wide_o || (plan.warpgroups == 1 && !plan.voted) ? 64 : 128;
+  // Several CTAs an SM then take the place of producer warps. A wider output leaves too few
+  // registers for them.
+  plan.self_fed = indexed && plan.warpgroups == 1 && !plan.voted && !wide_o;
   plan.piece_keys = piece_keys_of(problem, plan.tile_n);
   plan.interleaved = plan.piece_keys < 64 && problem.head_dim > 64;
-  // Resident CTAs load the next item's tiles under this one's epilogue. Not where two share an SM:
-  // the other one's work already fills that gap. Items of different lengths are handed out one by
-  // one; where there is no counter for that, the hardware's order of CTAs balances causal dense
-  // problems better than a fixed share each.
+  // Resident CTAs load the next item's tiles under this one's epilogue; where several share an SM,
+  // the others' work already fills that gap. Items of different lengths are handed out one by one;
+  // where there is no counter for that, the hardware's order of CTAs balances causal dense problems
+  // better than a fixed share each.
   const bool right_bound = problem.mask.causal || problem.mask.window_right >= 0;
-  plan.dynamic =
-      plan.warpgroups == 2 && (indexed || right_bound) && problem.workspace != nullptr;
+  plan.dynamic = plan.warpgroups == 2 && (indexed || right_bound) && problem.workspace != nullptr;
   plan.persistent = plan.warpgroups == 2 && (indexed || !right_bound || plan.dynamic);
   return plan;
 }
@@ -83,7 +85,8 @@ std::string AttendPlan::to_string() const {
   return "rows " + std::to_string(warpgroups) + "x64" + (pack_heads ? " (heads packed)" : "") +
          ", keys " + std::to_string(tile_n) + " in pieces of " + std::to_string(piece_keys) +
          (interleaved ? " (interleaved)" : "") + (voted ? ", voted" : "") +
-         (persistent ? ", persistent" : "") + (dynamic ? ", dynamic" : "");
+         (self_fed ? ", self-fed" : "") + (persistent ? ", persistent" : "") +
+         (dynamic ? ", dynamic" : "");
 }
 
 }  // namespace attnsieve::sm90

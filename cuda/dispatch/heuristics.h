@@ -38,6 +38,7 @@ struct AttendPlan {
   bool voted = false;  // the kernel with tile votes
   bool interleaved = false;  // shared-memory layout that composes tiles of pieces below 64 keys
   bool pack_heads = false;  // the warpgroups work on heads of one KV group instead of on rows
+  bool self_fed = false;  // the warpgroup has no producer warps beside it
   bool persistent = false;  // as many CTAs as fit the device instead of one per work item
   bool dynamic = false;  // and each takes its next item when it nears the end of one
 

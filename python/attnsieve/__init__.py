@@ -16,10 +16,12 @@ from attnsieve.index import BlockIndex  # noqa: E402  (after the ops)
 from attnsieve.ops import (  # noqa: E402  (after the ops)
     block_sparse_attention,
     merge_states,
+    threshold_attention,
+)
+from attnsieve.selection import (  # noqa: E402  (after the ops)
     pooled_block_scores,
     select_blocks,
     select_from_scores,
-    threshold_attention,
 )
 from attnsieve.ops_decode import (  # noqa: E402  (after the ops)
     decode,

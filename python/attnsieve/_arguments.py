@@ -10,6 +10,8 @@ from attnsieve.token_index import TokenIndex
 
 Window = tuple[int, int]
 
+DEFAULT_BLOCK = 64  # query rows, and keys, of a block
+
 _UNSUPPORTED = "attnsieve unsupported: "  # status.h, Unsupported::kPrefix
 
 

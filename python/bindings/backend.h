@@ -48,8 +48,7 @@ void run(const Tensor& on, const Problem& problem,
   const DeviceScope scope(on);
   void* stream = nullptr;
 #ifdef ATTNSIEVE_WITH_CUDA
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
 #endif
   on_cuda(problem, stream);
 }

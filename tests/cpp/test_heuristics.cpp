@@ -135,6 +135,9 @@ void plan_invariants(int64_t head_dim, int block_q, int block_k, int page_size, 
   // Two rows of an index never share a CTA unless heads do instead.
   CHECK(block_q != 64 || plan.warpgroups == 1 || plan.pack_heads);
   CHECK(head_dim <= 128 || plan.tile_n == 64);
+  // A warpgroup that feeds itself owns a row of an index, does not vote, and is not persistent.
+  CHECK(plan.self_fed == (block_q == 64 && !plan.pack_heads && !plan.voted && head_dim <= 128));
+  CHECK(!plan.self_fed || (plan.warpgroups == 1 && !counted.persistent));
   // Warpgroups whose last tiles may differ do not vote.
   CHECK(!plan.voted || plan.warpgroups == 1 || plan.tile_n == 128);
   // Slices of a tile behind each other take no pieces below 64 keys; one slice takes any.

@@ -1,5 +1,6 @@
 #include "cuda/sm90/attend/arguments.h"
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -24,27 +25,27 @@ bool is_empty(const Extent& extent) {
   return extent.rows == 0 || extent.heads == 0 || extent.outer == 0;
 }
 
-CUtensorMap row_map(const AttendProblem& p, const HeadTensor& tensor, const Extent& extent,
-                    int box_rows) {
-  if (is_empty(extent)) return row_map(p, p.q, {1, 1, 1}, box_rows);
+CUtensorMap query_map(const AttendProblem& p, const Extent& extent) {
   TensorMapShape shape;
   shape.rank = 4;
   shape.sizes = {p.head_dim, extent.rows, extent.heads, extent.outer};
-  shape.strides = {1, tensor.stride_row, tensor.stride_head, tensor.stride_batch};
-  shape.box = {slice_columns(p.head_dim), box_rows, 1, 1};
-  return make_tensor_map(tensor.data, p.dtype, shape);
+  shape.strides = {1, p.q.stride_row, p.q.stride_head, p.q.stride_batch};
+  shape.box = {slice_columns(p.head_dim), kWarpgroupRows, 1, 1};
+  return make_tensor_map(p.q.data, p.dtype, shape);
 }
 
-// 8 rows of all slices a box, in the order of an interleaved tile.
-CUtensorMap eight_row_map(const AttendProblem& p, const HeadTensor& tensor, const Extent& extent) {
-  if (is_empty(extent)) return eight_row_map(p, p.q, {1, 1, 1});
+// `rows` of `box_slices` slices a box: the order of a tile whose slices stand behind each other, or,
+// 8 rows of all slices, of an interleaved one.
+CUtensorMap slice_map(const AttendProblem& p, const HeadTensor& tensor, const Extent& extent,
+                      int box_rows, int box_slices) {
+  if (is_empty(extent)) return slice_map(p, p.q, {1, 1, 1}, box_rows, box_slices);
   const int columns = slice_columns(p.head_dim);
   const int slices = static_cast<int>(p.head_dim) / columns;
   TensorMapShape shape;
   shape.rank = 5;
   shape.sizes = {columns, extent.rows, slices, extent.heads, extent.outer};
   shape.strides = {1, tensor.stride_row, columns, tensor.stride_head, tensor.stride_batch};
-  shape.box = {columns, 8, slices, 1, 1};
+  shape.box = {columns, box_rows, box_slices, 1, 1};
   return make_tensor_map(tensor.data, p.dtype, shape);
 }
 
@@ -73,8 +74,10 @@ CUtensorMap group_map(const AttendProblem& p, const HeadTensor& tensor, int64_t 
 }
 
 void set_interleaved_maps(const AttendProblem& p, const Extent& extent, AttendArguments* a) {
-  a->k = eight_row_map(p, p.k, extent);
-  a->v = eight_row_map(p, p.v, extent);
+  const int slices = static_cast<int>(p.head_dim) / slice_columns(p.head_dim);
+  a->box_slices = slices;
+  a->k = slice_map(p, p.k, extent, 8, slices);
+  a->v = slice_map(p, p.v, extent, 8, slices);
   a->k_groups = a->k;
   a->v_groups = a->v;
   const GroupMerge merge = group_merge(p.k, extent);
@@ -110,7 +113,7 @@ ItemCount count_items(const AttendProblem& problem, const AttendPlan& plan) {
   // Over B sequences of together T rows, ceil((t + lead) / tile) sums up to at most this.
   const int64_t row_tiles =
       problem.is_varlen() ? problem.seqlen_q / tile_rows + problem.batch * (lead_rows > 0 ? 2 : 1)
-             : problem.batch * ((rows + tile_rows - 1) / tile_rows);
+                          : problem.batch * ((rows + tile_rows - 1) / tile_rows);
   const int64_t heads_per_item = plan.pack_heads ? plan.warpgroups : 1;
   const int64_t head_slots =
       problem.num_kv_heads * ((problem.group_size() + heads_per_item - 1) / heads_per_item);
@@ -137,11 +140,11 @@ AttendArguments make_arguments(const AttendProblem& problem, const AttendPlan& p
     a.problem.threshold.counters = nullptr;
   }
   a.piece_keys = plan.piece_keys;
+  while ((2 << a.log2_piece_keys) <= a.piece_keys) ++a.log2_piece_keys;
   a.pack_heads = plan.pack_heads;
 
   const bool varlen = problem.is_varlen();
-  a.q = row_map(problem, problem.q,
-                {problem.seqlen_q, problem.num_heads, varlen ? 1 : problem.batch}, kWarpgroupRows);
+  a.q = query_map(problem, {problem.seqlen_q, problem.num_heads, varlen ? 1 : problem.batch});
   Extent keys{problem.seqlen_k, problem.num_kv_heads, varlen ? 1 : problem.batch};
   if (problem.is_paged()) {
     keys = {problem.paged.page_size, problem.num_kv_heads, problem.paged.num_pages};
@@ -149,13 +152,22 @@ AttendArguments make_arguments(const AttendProblem& problem, const AttendPlan& p
   if (plan.interleaved) {
     set_interleaved_maps(problem, keys, &a);
   } else {
-    a.k = row_map(problem, problem.k, keys, plan.piece_keys);
-    a.v = row_map(problem, problem.v, keys, plan.piece_keys);
+    // A lane of the producer warps copies one slice; a self-fed warpgroup has one lane for all.
+    const bool whole = plan.self_fed && plan.piece_keys == plan.tile_n;
+    a.box_slices = whole ? static_cast<int>(problem.head_dim) / slice_columns(problem.head_dim) : 1;
+    a.k = slice_map(problem, problem.k, keys, plan.piece_keys, a.box_slices);
+    a.v = slice_map(problem, problem.v, keys, plan.piece_keys, a.box_slices);
   }
 
   const ItemCount count = count_items(problem, plan);
   a.num_items = count.items;
-  a.row_tiles = count.row_tiles;
+  a.row_tiles = cutlass::FastDivmod(count.row_tiles);
+  a.tiles_per_sequence =
+      cutlass::FastDivmod(std::max(1, count.row_tiles / static_cast<int>(problem.batch)));
+  a.group_size = static_cast<int>(problem.group_size());
+  const int heads_per_item = plan.pack_heads ? plan.warpgroups : 1;
+  a.slots_per_kv_head = cutlass::FastDivmod((a.group_size + heads_per_item - 1) / heads_per_item);
+  a.heads_per_list = cutlass::FastDivmod(std::max(1, problem.index.heads_per_list));
   a.lead_rows = count.lead_rows;
   if (plan.dynamic) a.next_item = static_cast<unsigned*>(problem.workspace);
   return a;

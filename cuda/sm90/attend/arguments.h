@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_runtime.h>
+#include <cutlass/fast_math.h>
 
 #include "attnsieve/problem.h"
 #include "attnsieve/visibility.h"
@@ -15,9 +17,10 @@ inline constexpr int kWarpgroupRows = 64;  // rows of a wgmma, and of a box of Q
 struct AttendArguments {
   AttendProblem problem;
   CUtensorMap q;  // (head_dim, rows, heads, batch), box (kSliceColumns, 64)
-  CUtensorMap k;  // (head_dim, rows, heads, batch or page), box (kSliceColumns, piece_keys)
+  // (kSliceColumns, rows, slices, heads, batch or page), box (kSliceColumns, piece_keys, box_slices)
+  CUtensorMap k;
   CUtensorMap v;
-  // Interleaved configurations only: (kSliceColumns, 8, slices, groups of 8 rows, heads), box
+  // Interleaved configurations only, where k and v have boxes of 8 rows of all slices: (kSliceColumns, 8, slices, groups of 8 rows, heads), box
   // piece_keys rows. Where a piece does not start at a group, k and v take it 8 rows at a time.
   CUtensorMap k_groups;
   CUtensorMap v_groups;
@@ -27,9 +30,15 @@ struct AttendArguments {
   int heads_per_batch;
   int64_t group_rows;
   int piece_keys;
+  int log2_piece_keys;
+  int box_slices;  // slices of a box of k and v: all, or one
   unsigned* next_item;  // items handed out beyond one a CTA; nullptr: every CTA has its fixed share
   int num_items;  // work items: (head slot, row tile)
-  int row_tiles;  // row tiles of all sequences, at most
+  cutlass::FastDivmod row_tiles;  // of all sequences, at most
+  cutlass::FastDivmod tiles_per_sequence;  // where all sequences have as many
+  cutlass::FastDivmod slots_per_kv_head;  // items that share a row tile and a KV head
+  cutlass::FastDivmod heads_per_list;  // of an index
+  int group_size;  // query heads of a KV head
   int lead_rows;  // rows by which a sequence's first row tile may start early
   bool pack_heads;  // a work item is 64 rows of kWarpgroups heads of one KV group
 };

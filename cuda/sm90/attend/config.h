@@ -41,9 +41,11 @@ struct Work {
 
 // kWarpgroups_ consumer warpgroups of 64 rows; kTileN_ keys a tile; kStepKeys_ keys an
 // online-softmax step; stages of K, V and Q; CTAs an SM. An interleaved tile keeps the slices of 8
-// rows together, so that a box of any multiple of 8 rows is one bulk copy.
+// rows together, so that a box of any multiple of 8 rows is one bulk copy. A self-fed warpgroup has
+// no producer warps beside it: its first warp starts the copies.
 template <class Element_, int kHeadDim_, int kWarpgroups_, int kTileN_, int kStepKeys_,
-          int kStagesK_, int kStagesV_, int kStagesQ_, int kCtasPerSm_, bool kInterleaved_>
+          int kStagesK_, int kStagesV_, int kStagesQ_, int kCtasPerSm_, bool kInterleaved_,
+          bool kSelfFed_ = false>
 struct AttendConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -57,8 +59,10 @@ struct AttendConfig {
   static constexpr int kStagesQ = kStagesQ_;
   static constexpr int kCtasPerSm = kCtasPerSm_;
   static constexpr bool kInterleaved = kInterleaved_;
+  static constexpr bool kSelfFed = kSelfFed_;
+  static_assert(!kSelfFed || (kWarpgroups == 1 && kStagesK == 1 && kStagesV == 2 && kStagesQ == 1));
   static constexpr int kConsumerThreads = kWarpgroups * kWarpgroupThreads;
-  static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
+  static constexpr int kThreads = kConsumerThreads + (kSelfFed ? 0 : kWarpgroupThreads);
 
   // Registers a thread after the warp roles have split: what the launch gave out, redistributed.
   // Two warpgroups alone on an SM have as many as a thread can address.
@@ -109,15 +113,16 @@ struct AttendConfig {
           cute::Shape<cute::Int<kWarpgroupRows>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
           cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
 
+  // Inside a slice, the 16-byte chunks of a row are XORed with this.
+  static __device__ int swizzle(int row) { return kSliceColumns == 64 ? row % 8 : row / 2 % 4; }
   // Element offset of (row, column) in a tile of `rows` rows: slices behind each other, or the
-  // slices of every 8 rows together. Inside a slice, 16-byte chunks are XORed with the row.
+  // slices of every 8 rows together.
   static __device__ int offset_in_tile(int row, int column, int rows, bool interleaved) {
     const int slice = column / kSliceColumns;
     const int slice_row =
         interleaved ? (row / 8 * kSlices + slice) * 8 + row % 8 : slice * rows + row;
     const int in_slice = column % kSliceColumns;
-    const int swizzle = kSliceColumns == 64 ? row % 8 : row / 2 % 4;
-    return slice_row * kSliceColumns + ((in_slice / 8 ^ swizzle) * 8 + in_slice % 8);
+    return slice_row * kSliceColumns + ((in_slice / 8 ^ swizzle(row)) * 8 + in_slice % 8);
   }
 
   // What the consumers need to know of a tile beyond its bytes.
@@ -131,6 +136,17 @@ struct AttendConfig {
   static constexpr int kCheckedTile = 2;  // and V holds something in that key's row
   static constexpr int kPaddedStep = 4;  // the first of two softmax steps is all padding
   static constexpr int kNoKey = kMaxTokens;
+
+  // Where a piece of a tile lies, resolved ahead by a self-fed warpgroup.
+  struct alignas(16) PieceRecord {
+    int row;
+    int outer;  // batch or page
+    int key;  // as in TileRecord
+    int flags;  // of its tile: those above, and
+  };
+  static constexpr int kComposedTile = 8;  // takes more than one copy
+  static constexpr int kLastOfBatch = 16;  // the next tiles have to be resolved
+  static constexpr int kNoTile = 32;  // behind the last
 
   struct CheckRequest {
     int stage;  // of V; negative: no more work
@@ -156,6 +172,7 @@ struct AttendConfig {
     TileRecord v_record[kStagesV];
     Work work[kWorkSlots];
     CheckRequest check[kCheckSlots];
+    PieceRecord pieces[kSelfFed ? 2 * kWarpThreads : 1];
     alignas(8) unsigned char iterators[kWorkSlots][kIteratorBytes];
 
     template <class BlockIterator>

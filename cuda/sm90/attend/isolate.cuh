@@ -13,11 +13,29 @@ __device__ __forceinline__ bool is_non_finite(uint32_t bits16) {
   return (bits16 & kExponent) == kExponent;
 }
 
-// The checking warp. The largest magnitude tells: NaN and Inf have the largest exponents.
+// Whether this thread's share, of kThreads, of a V stage holds a NaN or Inf. The largest magnitude
+// tells: they have the largest exponents.
+template <class Config, int kThreads>
+__device__ bool holds_non_finite(const typename Config::SharedStorage& smem, int stage,
+                                 int thread) {
+  using Element = typename Config::Element;
+  constexpr int kChunks = Config::kTileBytes / 16 / kThreads;  // of 16 bytes
+  const auto* chunks =
+      reinterpret_cast<const uint4*>(smem.v + stage * Config::kTileElements) + thread;
+  uint32_t largest = 0;  // of each half of a word
+#pragma unroll kThreads == kWarpThreads ? 8 : 1
+  for (int i = 0; i < kChunks; ++i) {
+    const uint4 chunk = chunks[i * kThreads];
+    for (uint32_t word : {chunk.x, chunk.y, chunk.z, chunk.w}) {
+      largest = __vmaxu2(largest, word & 0x7fff7fffu);
+    }
+  }
+  return is_non_finite<Element>(largest & 0xffffu) || is_non_finite<Element>(largest >> 16);
+}
+
+// The checking warp.
 template <class Config>
 __device__ void check_values(typename Config::SharedStorage& smem) {
-  using Element = typename Config::Element;
-  constexpr int kChunks = Config::kTileBytes / 16 / kWarpThreads;  // of 16 bytes, a lane
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   RingPosition<Config::kCheckSlots> position(0);
   while (true) {
@@ -25,18 +43,8 @@ __device__ void check_values(typename Config::SharedStorage& smem) {
     const typename Config::CheckRequest request = smem.check[position.slot];
     if (request.stage >= Config::kStagesV) return;
     smem.v_full[request.stage].wait(request.parity);
-    const auto* chunks =
-        reinterpret_cast<const uint4*>(smem.v + request.stage * Config::kTileElements) + lane;
-    uint32_t largest = 0;  // of each half of a word
-#pragma unroll 8
-    for (int i = 0; i < kChunks; ++i) {
-      const uint4 chunk = chunks[i * kWarpThreads];
-      for (uint32_t word : {chunk.x, chunk.y, chunk.z, chunk.w}) {
-        largest = __vmaxu2(largest, word & 0x7fff7fffu);
-      }
-    }
-    const bool found = __any_sync(0xffffffffu, is_non_finite<Element>(largest & 0xffffu) ||
-                                                   is_non_finite<Element>(largest >> 16));
+    const bool found =
+        __any_sync(0xffffffffu, holds_non_finite<Config, kWarpThreads>(smem, request.stage, lane));
     if (lane == 0) {
       if (found) smem.check[position.slot].non_finite = 1;
       smem.check_done[position.slot].arrive();

@@ -44,8 +44,8 @@ class ListTiles {
  public:
   __device__ int start(const AttendArguments& a, const Work& work) {
     const BlockIndexView& index = a.problem.index;
-    const int row = work.row / index.block_q;
-    const int list = work.head / index.heads_per_list;
+    const int row = work.row >> (__ffs(index.block_q) - 1);
+    const int list = a.heads_per_list.div(work.head);
     int count = 0;
     if (row < index.num_rows) {
       count = index.counts[work.batch * index.counts_stride_batch +
@@ -75,7 +75,7 @@ class ListTiles {
     }
     const int keys = max(0, end - begin);
     const int visit_keys = max(a.problem.threshold.skip_block, Config::kTileN);
-    const int first_keys = keys == 0 ? 0 : (keys - 1) % visit_keys + 1;
+    const int first_keys = keys == 0 ? 0 : ((keys - 1) & (visit_keys - 1)) + 1;
     first_tiles_ = (first_keys + Config::kTileN - 1) / Config::kTileN;
     first_begin_ = end - first_keys;
     first_slot_ = end - first_tiles_ * Config::kTileN;

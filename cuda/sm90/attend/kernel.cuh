@@ -3,8 +3,10 @@
 //                 lse[b, h, i] = ln sum_j exp(scale * q . k), the sink logit included.
 // Roles           CTAs take work items blockIdx.x, then + gridDim.x, ... or from a counter:
 //                 kWarpgroups x 64 query rows of one head, or 64 rows of kWarpgroups heads that
-//                 share a list. One warpgroup per 64 rows computes. In a further warpgroup one warp copies Q and K, one V, one locates
-//                 the items, and one looks for non-finite values in the V of masked tiles.
+//                 share a list. One warpgroup per 64 rows computes. In a further warpgroup one warp
+//                 copies Q and K, one V, one locates the items, and one looks for non-finite values
+//                 in the V of masked tiles. A self-fed warpgroup (feed.cuh) is a CTA of one item and
+//                 does all of that itself.
 // Shared memory   Q of kStagesQ items (later their output), kStagesK tiles of K, kStagesV of V, in
 //                 the swizzled layouts of wgmma; a record per tile, a ring of work items.
 // Pipeline        ring        filled by          freed by
@@ -14,7 +16,8 @@
 //                 v           bulk copies        every consumer warp, once O has taken it
 //                 check       V's warp, checker  (a slot comes round after its V stage was freed)
 //                 Full barriers of copies complete on bytes: always those of a whole tile, missing
-//                 pieces are zeros from outside the tensor.
+//                 pieces are zeros from outside the tensor. A self-fed warpgroup frees K and V with
+//                 one named barrier a tile instead.
 // Invariants      row_max is -inf iff the row saw no finite logit. The tile visited first is the
 //                 one with the last visible key: of the item's last row, where warpgroups share
 //                 tiles of 64 keys, which are not voted on, of each warpgroup's otherwise. Steps
@@ -24,6 +27,7 @@
 #pragma once
 
 #include "cuda/sm90/attend/epilogue.cuh"
+#include "cuda/sm90/attend/feed.cuh"
 #include "cuda/sm90/attend/iterator.cuh"
 #include "cuda/sm90/attend/load.cuh"
 
@@ -42,6 +46,7 @@ __device__ void init_barriers(typename Config::SharedStorage& smem) {
   init(smem.k_full, smem.k_empty, Config::kStagesK, 1, kConsumerWarps);
   init(smem.v_full, smem.v_empty, Config::kStagesV, 1, kConsumerWarps);
   init(smem.q_full, smem.q_empty, Config::kStagesQ * Config::kWarpgroups, 1, kWarpgroupWarps);
+  if constexpr (Config::kSelfFed) return;
   init(smem.work_full, smem.work_empty, Config::kWorkSlots, 1, kConsumerWarps + 2);
   init(smem.check_full, smem.check_done, Config::kCheckSlots, 1, 1);
   smem.item_ending.init(1);
@@ -51,26 +56,25 @@ template <class Config, class SkipPolicy>
 __device__ void consume(const AttendArguments& arguments, typename Config::SharedStorage& smem) {
   using Mainloop = AttendMainloop<Config, SkipPolicy>;
   const AttendProblem& problem = arguments.problem;
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupThreads;
-  Mainloop mainloop(problem, smem);
+  Mainloop mainloop(arguments, smem);
+  ProducersFeed feed;
   RingPosition<Config::kWorkSlots> position(0);
   while (true) {
     smem.work_full[position.slot].wait(position.phase);
     const Work& work = smem.work[position.slot];
     if (work.tiles < 0) break;
-    const int head = work.head + (arguments.pack_heads ? warpgroup : 0);
-    const int row = work.row + (arguments.pack_heads ? 0 : warpgroup * kWarpgroupRows);
-    const int row_end = head < work.head_end ? work.seqlen_q : 0;
-    SkipPolicy policy(problem, work.batch, head < work.head_end ? head : work.head);
+    const typename Mainloop::Rows rows = mainloop.rows_of(work);
+    SkipPolicy policy(problem, work.batch, rows.end > 0 ? rows.head : work.head);
     typename Mainloop::FragmentO acc_o;
     OnlineSoftmax<2> softmax;
-    mainloop.run(work, row, row_end, policy, acc_o, softmax);
+    mainloop.run(work, policy, feed, acc_o, softmax);
     if constexpr (SkipPolicy::kVotes) {
-      if (row < row_end && row > -kWarpgroupRows && threadIdx.x % kWarpgroupThreads == 0) {
+      if (rows.begin < rows.end && rows.begin > -kWarpgroupRows &&
+          threadIdx.x % kWarpgroupThreads == 0) {
         policy.store_counters();
       }
     }
-    store_output<Config>(problem, work, head, row, row_end, mainloop, smem, acc_o, softmax);
+    store_output<Config>(problem, work, mainloop, smem, acc_o, softmax);
     mainloop.release_queries();
     if (threadIdx.x % kWarpThreads == 0) smem.work_empty[position.slot].arrive();
     position.advance();
@@ -109,6 +113,35 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     }
     consume<Config, SkipPolicy>(arguments, smem);
   }
+}
+
+// One work item a CTA. The other CTAs of the SM compute while this one waits for its copies.
+template <class Config, class BlockIterator, class SkipPolicy>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
+    attend_self_fed_kernel(const __grid_constant__ AttendArguments arguments) {
+  static_assert(!SkipPolicy::kVotes, "votes load values only after them");
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
+  SelfFeed<Config, BlockIterator> feed(arguments, smem);
+  if (threadIdx.x < kWarpThreads) {
+    if (threadIdx.x == 0) {
+      init_barriers<Config>(smem);
+      fence_barrier_init();
+    }
+    __syncwarp();
+    feed.start();
+  }
+  __syncthreads();
+
+  const Work& work = smem.work[0];
+  if (work.tiles < 0) return;
+  using Mainloop = AttendMainloop<Config, SkipPolicy>;
+  Mainloop mainloop(arguments, smem);
+  SkipPolicy policy(arguments.problem, work.batch, work.head);
+  typename Mainloop::FragmentO acc_o;
+  OnlineSoftmax<2> softmax;
+  mainloop.run(work, policy, feed, acc_o, softmax);
+  store_output<Config>(arguments.problem, work, mainloop, smem, acc_o, softmax);
 }
 
 }  // namespace attnsieve::sm90

@@ -16,11 +16,16 @@ template <class Element, int kHeadDim, bool kInterleaved>
 using PairConfig = AttendConfig<Element, kHeadDim, 2, kHeadDim <= 128 ? 128 : 64,
                                 kHeadDim <= 128 ? 128 : 64, kHeadDim == 64 ? 3 : 2,
                                 kHeadDim == 64 ? 3 : 2, kHeadDim <= 128 ? 2 : 1, 1, kInterleaved>;
-// 64 rows x 64 keys, two CTAs an SM where they fit: bound by L2, so depth of loads is what counts.
+// 64 rows x 64 keys, two CTAs an SM where they fit.
 template <class Element, int kHeadDim, bool kInterleaved>
 using SingleConfig =
     AttendConfig<Element, kHeadDim, 1, 64, 64, kHeadDim <= 128 ? 3 : 2, kHeadDim <= 128 ? 3 : 2, 1,
                  kHeadDim <= 128 ? 2 : 1, kInterleaved>;
+// 64 rows x 64 keys of lists by a warpgroup that feeds itself, as many an SM as registers allow:
+// each waits for its copies longer than it computes.
+template <class Element, int kHeadDim, bool kInterleaved>
+using SoloConfig = AttendConfig<Element, kHeadDim, 1, 64, 64, 1, 2, 1, kHeadDim == 64 ? 4 : 3,
+                                kInterleaved, /*kSelfFed=*/true>;
 // 64 rows that vote on 128 keys but advance the softmax by 64, as SingleConfig does.
 template <class Element, int kHeadDim, bool kInterleaved>
 using VotedPairOfSteps = AttendConfig<Element, kHeadDim, 1, 128, 64, 2, 1, 1, 2, kInterleaved>;
@@ -30,7 +35,12 @@ struct KernelOf {
   using Config = Config_;
   using SkipPolicy = SkipPolicy_;
   using BlockIterator = std::conditional_t<kList, ListTiles<Config>, DenseTiles<Config>>;
-  static constexpr auto kKernel = &attend_kernel<Config, BlockIterator, SkipPolicy>;
+  static constexpr auto kKernel = [] {
+    if constexpr (Config::kSelfFed)
+      return &attend_self_fed_kernel<Config, BlockIterator, SkipPolicy>;
+    else
+      return &attend_kernel<Config, BlockIterator, SkipPolicy>;
+  }();
 };
 
 // Calls visit(KernelOf<...>) for every compiled kernel.
@@ -43,7 +53,10 @@ void visit_kernels(const Visit& visit) {
   if constexpr (kWideVotes) visit(KernelOf<Pair, kList, ThresholdSkip>{});
   visit(KernelOf<Single, kList, ThresholdSkip>{});
   if constexpr (kList) {
-    visit(KernelOf<Single, kList, NoSkip>{});
+    // Where a self-fed warpgroup's tiles fit three times: wider outputs have too few registers.
+    using Solo =
+        std::conditional_t<kHeadDim <= 128, SoloConfig<Element, kHeadDim, kInterleaved>, Single>;
+    visit(KernelOf<Solo, kList, NoSkip>{});
     if constexpr (kWideVotes) {
       visit(KernelOf<VotedPairOfSteps<Element, kHeadDim, kInterleaved>, kList, ThresholdSkip>{});
     }

@@ -44,11 +44,11 @@ class AttendMainloop {
       decltype(make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<Config::kStepKeys / 16>>{}));
   using Softmax = OnlineSoftmax<2>;
 
-  __device__ AttendMainloop(const AttendProblem& problem, SharedStorage& smem)
-      : smem_(smem),
-        scale_log2_(problem.softmax_scale * kLog2e),
-        thread_(static_cast<int>(threadIdx.x) % kWarpgroupThreads),
-        warpgroup_(cutlass::canonical_warp_group_idx()) {
+  __device__ AttendMainloop(const AttendArguments& arguments, SharedStorage& smem)
+      : a_(arguments),
+        smem_(smem),
+        scale_log2_(arguments.problem.softmax_scale * kLog2e),
+        warpgroup_(Config::kWarpgroups == 1 ? 0 : cutlass::canonical_warp_group_idx()) {
     if (kTakesTurns && warpgroup_ == 1) pass_turn();
   }
   // Takes the turn that is left over.
@@ -56,8 +56,18 @@ class AttendMainloop {
     if (kTakesTurns && warpgroup_ == 0) await_turn();
   }
 
-  // Query row of accumulator row 0 or 1 of this thread, within the warpgroup's 64.
-  __device__ int row_of(int row) const { return thread_ / 32 * 16 + thread_ % 32 / 4 + row * 8; }
+  // The query rows of this warpgroup: 64 from `begin` on, those from `end` on do not exist.
+  struct Rows {
+    int head;
+    int begin;
+    int end;
+  };
+  __device__ Rows rows_of(const Work& work) const {
+    const int warpgroup = opaque_thread() / kWarpgroupThreads;
+    const int head = work.head + (a_.pack_heads ? warpgroup : 0);
+    return {head, work.row + (a_.pack_heads ? 0 : warpgroup * kWarpgroupRows),
+            head < work.head_end ? work.seqlen_q : 0};
+  }
 
   // Stage of Q that belongs to the current item; release_queries() moves on.
   __device__ int query_tile() const { return q_.slot * Config::kWarpgroups + warpgroup_; }
@@ -66,46 +76,48 @@ class AttendMainloop {
     q_.advance();
   }
 
-  // `row` is the first query row of this warpgroup, rows from `row_end` on do not vote.
-  __device__ void run(const Work& work, int row, int row_end, SkipPolicy& policy, FragmentO& acc_o,
+  template <class Feed>
+  __device__ void run(const Work& work, SkipPolicy& policy, Feed& feed, FragmentO& acc_o,
                       Softmax& softmax) {
     smem_.q_full[query_tile()].wait(q_.phase);
     clear(acc_o);
     if (work.tiles == 0) return;
     if constexpr (SkipPolicy::kVotes) {
-      run_voted(work, row, row_end, policy, acc_o, softmax);
+      run_voted(work, policy, acc_o, softmax);
     } else {
-      run_overlapped(work, row, row_end, acc_o, softmax);
+      run_overlapped(work, feed, acc_o, softmax);
     }
   }
 
  private:
   // S of the next tile is computed while O takes the values of this one.
-  __device__ void run_overlapped(const Work& work, int row, int row_end, FragmentO& acc_o,
-                                 Softmax& softmax) {
+  template <class Feed>
+  __device__ void run_overlapped(const Work& work, Feed& feed, FragmentO& acc_o, Softmax& softmax) {
     static_assert(SkipPolicy::kVotes || Config::kSteps == 1);
     FragmentS acc_s;
     FragmentP weights;
 
     smem_.k_full[k_.slot].wait(k_.phase);
     issue_qk(acc_s);
+    feed.prepare();
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc_s);
     const int tiles = work.tiles;
-    const Order order(tiles);
     int flags = smem_.k_record[k_.slot].flags;
-    if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work, row, row_end);
+    if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work);
     release_keys();
+    feed.refill();
     const auto scores = rows_columns<Config::kStepKeys>(acc_s, 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       softmax.weigh(half, scores, maximum(acc_s, 0, half), scale_log2_);
     }
     round_weights(acc_s, weights);
-    if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, row, true);
+    if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
 
 #pragma unroll 1
-    for (int tile = 1; tile < tiles; ++tile) {
+    for (int left = tiles - 1; left > 0; --left) {
+      const Order order(left);
       smem_.k_full[k_.slot].wait(k_.phase);
       flags = smem_.k_record[k_.slot].flags;
       if constexpr (kTakesTurns) await_turn();
@@ -113,23 +125,36 @@ class AttendMainloop {
       smem_.v_full[v_.slot].wait(v_.phase);
       issue_pv<0>(weights, acc_o);
       if constexpr (kTakesTurns) pass_turn();
+      feed.prepare();
       warpgroup_wait<1>();
       warpgroup_fence_operand(acc_s);
-      if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work, row, row_end);
+      if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work);
       release_keys();
-      auto row0 = softmax.begin(0, maximum(acc_s, 0, 0), scale_log2_);
-      scores(1, 0) = order.after(scores(1, 0), row0.base);
-      softmax.weigh(0, row0, scores, scale_log2_);
-      auto row1 = softmax.begin(1, maximum(acc_s, 0, 1), scale_log2_);
-      order.complete(softmax.row_sum[0]);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(acc_o);
-      release_values();
-      row1.base = order.after(row1.base, acc_o(0));
-      softmax.weigh(1, row1, scores, scale_log2_);
-      round_weights(acc_s, weights);
-      rescale_output(acc_o, {row0.rescale, row1.rescale});
-      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, row, true);
+      feed.refill();
+      if constexpr (!kPinned) {
+        const float maxima[2] = {maximum(acc_s, 0, 0), maximum(acc_s, 0, 1)};
+        const float rescale[2] = {softmax.weigh(0, scores, maxima[0], scale_log2_),
+                                  softmax.weigh(1, scores, maxima[1], scale_log2_)};
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(acc_o);
+        release_values();
+        round_weights(acc_s, weights);
+        rescale_output(acc_o, rescale);
+      } else {
+        auto row0 = softmax.begin(0, maximum(acc_s, 0, 0), scale_log2_);
+        scores(1, 0) = order.after(scores(1, 0), row0.base);
+        softmax.weigh(0, row0, scores, scale_log2_);
+        auto row1 = softmax.begin(1, maximum(acc_s, 0, 1), scale_log2_);
+        order.complete(softmax.row_sum[0]);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(acc_o);
+        release_values();
+        row1.base = order.after(row1.base, acc_o(0));
+        softmax.weigh(1, row1, scores, scale_log2_);
+        round_weights(acc_s, weights);
+        rescale_output(acc_o, {row0.rescale, row1.rescale});
+      }
+      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
     }
     smem_.v_full[v_.slot].wait(v_.phase);
     issue_pv<0>(weights, acc_o);
@@ -139,8 +164,9 @@ class AttendMainloop {
   }
 
   // A tile's values are used after its vote, one softmax step after the other.
-  __device__ void run_voted(const Work& work, int row, int row_end, SkipPolicy& policy,
-                            FragmentO& acc_o, Softmax& softmax) {
+  __device__ void run_voted(const Work& work, SkipPolicy& policy, FragmentO& acc_o,
+                            Softmax& softmax) {
+    const Rows rows = rows_of(work);
     bool visited = false;
 #pragma unroll 1
     for (int tile = 0; tile < work.tiles; ++tile) {
@@ -151,7 +177,7 @@ class AttendMainloop {
       warpgroup_fence_operand(acc_s);
       const int flags = smem_.k_record[k_.slot].flags;
       bool seen = true;
-      if ((flags & Config::kMaskedTile) != 0) seen = apply_mask(acc_s, work, row, row_end);
+      if ((flags & Config::kMaskedTile) != 0) seen = apply_mask(acc_s, work);
       release_keys();
       float step_max[Config::kSteps][2];
 #pragma unroll
@@ -159,13 +185,13 @@ class AttendMainloop {
         step_max[step][0] = maximum(acc_s, step, 0);
         step_max[step][1] = maximum(acc_s, step, 1);
       }
-      bool kept = vote(policy, step_max, softmax, row, row_end);
+      bool kept = vote(policy, step_max, softmax, rows);
       if (seen) {
         kept |= !visited;  // the first visited tile is never skipped
         visited = true;
         policy.count(kept);
       }
-      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, row, kept && seen);
+      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, kept && seen);
       smem_.v_full[v_.slot].wait(v_.phase);  // even where it is not used: it has to arrive
       if (kept) attend_steps(acc_s, acc_o, step_max, softmax, flags);
       release_values();
@@ -173,6 +199,7 @@ class AttendMainloop {
   }
 
   static __device__ void release(TransactionBarrier& empty) {
+    if constexpr (Config::kSelfFed) return;  // the feed has a barrier of its own
     __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) empty.arrive();
   }
@@ -185,7 +212,7 @@ class AttendMainloop {
   // Starts S = Q K^T of the current K stage.
   __device__ void issue_qk(FragmentS& acc_s) {
     MmaQK mma;
-    const auto thread_mma = mma.get_slice(thread_);
+    const auto thread_mma = mma.get_slice(threadIdx.x % kWarpgroupThreads);
     const auto sQ = make_tensor(make_smem_ptr(smem_.q), typename Config::LayoutQ{});
     const auto sK = make_tensor(make_smem_ptr(smem_.k), typename Config::LayoutK{});
     const auto tSrQ = thread_mma.partition_fragment_A(sQ);  // (MMA, M, K, tile)
@@ -208,7 +235,7 @@ class AttendMainloop {
   template <int kStep>
   __device__ void issue_pv(FragmentP& weights, FragmentO& acc_o) {
     MmaPV mma;
-    const auto thread_mma = mma.get_slice(thread_);
+    const auto thread_mma = mma.get_slice(threadIdx.x % kWarpgroupThreads);
     const auto sV = make_tensor(make_smem_ptr(smem_.v), typename Config::LayoutV{});
     const auto tOrV = thread_mma.partition_fragment_B(sV);  // (MMA, D, K, stage)
     warpgroup_fence_operand(acc_o);
@@ -271,24 +298,26 @@ class AttendMainloop {
   }
 
   // Keys that a row does not see become -inf. Returns whether the warpgroup's rows see any key.
-  __device__ bool apply_mask(FragmentS& acc_s, const Work& work, int row, int row_end) const {
+  __device__ bool apply_mask(FragmentS& acc_s, const Work& work) const {
     const auto& record = smem_.k_record[k_.slot];
     constexpr int kRegisters = Config::kGranuleKeys / 2;  // of a granule, for both rows
-    const int first_row = max(row, 0);
+    const Rows rows = rows_of(work);
+    const int thread = opaque_thread();
+    const int first_row = max(rows.begin, 0);
     const int first_key = work.first_key(first_row);
-    const int end_key = work.end_key(min(row + kWarpgroupRows, row_end) - 1);
+    const int end_key = work.end_key(min(rows.begin + kWarpgroupRows, rows.end) - 1);
     bool seen = false;
 #pragma unroll
     for (int granule = 0; granule < Config::kGranules; ++granule) {
       int key = record.key[granule];
       const int place = key < 0 ? ~key : key;
-      seen |= first_row < row_end && place < end_key && place + Config::kGranuleKeys > first_key;
+      seen |= first_row < rows.end && place < end_key && place + Config::kGranuleKeys > first_key;
       if (key < 0) key = Config::kNoKey;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int query_row = row + row_of(half);
-        const int begin = work.first_key(query_row) - key - thread_ % 4 * 2;
-        const int end = work.end_key(query_row) - key - thread_ % 4 * 2;
+        const int query_row = rows.begin + row_of(thread, half);
+        const int begin = work.first_key(query_row) - key - thread % 4 * 2;
+        const int end = work.end_key(query_row) - key - thread % 4 * 2;
 #pragma unroll
         for (int i = 0; i < kRegisters / 4; ++i) {
 #pragma unroll
@@ -327,7 +356,7 @@ class AttendMainloop {
 
   // The warpgroup keeps a tile if one of its rows vetoes.
   __device__ bool vote(const SkipPolicy& policy, const float (&step_max)[Config::kSteps][2],
-                       const Softmax& softmax, int row, int row_end) const {
+                       const Softmax& softmax, const Rows& rows) const {
     bool veto = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -336,8 +365,8 @@ class AttendMainloop {
       for (int step = 1; step < Config::kSteps; ++step) {
         tile_max = max_nan(tile_max, step_max[step][half]);
       }
-      const int query_row = row + row_of(half);
-      if (query_row >= 0 && query_row < row_end) {
+      const int query_row = rows.begin + row_of(threadIdx.x, half);
+      if (query_row >= 0 && query_row < rows.end) {
         veto |= policy.row_vetoes(tile_max, softmax.row_max[half]);
       }
     }
@@ -346,18 +375,31 @@ class AttendMainloop {
 
   // Keeps non-finite values of V from the rows that do not see their keys. All warpgroups come
   // here for the same tiles; one that skips the tile adds nothing.
-  __device__ void isolate(FragmentO& acc_o, const Work& work, int row, bool adds) {
-    smem_.check_done[check_.slot].wait(check_.phase);
-    const bool non_finite = smem_.check[check_.slot].non_finite != 0;
-    check_.advance();
-    if (!non_finite) return;
+  __device__ void isolate(FragmentO& acc_o, const Work& work, bool adds) {
+    if (!found_non_finite()) return;
     smem_.v_full[v_.slot].wait(v_.phase);
-    const int rows[2] = {row + row_of(0), row + row_of(1)};
+    const int row = rows_of(work).begin;
+    const int thread = opaque_thread();
+    const int rows[2] = {row + row_of(thread, 0), row + row_of(thread, 1)};
     if (adds) add_non_finite<Config>(smem_, v_.slot, work, rows, acc_o);
     named_barrier_sync(kConsumerBarrier, Config::kConsumerThreads);
     zero_non_finite<Config>(smem_, v_.slot);
     fence_shared_for_async();
     named_barrier_sync(kConsumerBarrier, Config::kConsumerThreads);
+  }
+
+  // Whether the current V stage holds a NaN or Inf.
+  __device__ bool found_non_finite() {
+    if constexpr (Config::kSelfFed) {
+      smem_.v_full[v_.slot].wait(v_.phase);
+      const bool found = holds_non_finite<Config, kWarpgroupThreads>(smem_, v_.slot, threadIdx.x);
+      return named_barrier_any(kWarpgroupBarrier, kWarpgroupThreads, found);
+    } else {
+      smem_.check_done[check_.slot].wait(check_.phase);
+      const bool found = smem_.check[check_.slot].non_finite != 0;
+      check_.advance();
+      return found;
+    }
   }
 
   // The warpgroups issue their MMAs in turn, so that one computes weights while the other's run.
@@ -368,10 +410,24 @@ class AttendMainloop {
     named_barrier_arrive(kTurnBarrier + 1 - warpgroup_, Config::kConsumerThreads);
   }
   static constexpr bool kTakesTurns = !SkipPolicy::kVotes && Config::kWarpgroups == 2;
+  // Where the weights cost more than the MMAs, or other CTAs of the SM fill the tensor cores
+  // meanwhile, ptxas's order is the faster one.
+  static constexpr bool kPinned = !Config::kSelfFed && Config::kHeadDim > 64;
 
+  // Query row of accumulator row 0 or 1 of a thread, within the warpgroup's 64.
+  static __device__ int row_of(int thread, int row) {
+    return thread % kWarpgroupThreads / 32 * 16 + thread % 32 / 4 + row * 8;
+  }
+  // Opaque, or what follows from it would be kept in registers through the main loop.
+  static __device__ int opaque_thread() {
+    int thread = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+r"(thread));
+    return thread;
+  }
+
+  const AttendArguments& a_;
   SharedStorage& smem_;
   float scale_log2_;
-  int thread_;
   int warpgroup_;
   RingPosition<Config::kStagesK> k_{0};
   RingPosition<Config::kStagesV> v_{0};

@@ -12,21 +12,20 @@ __device__ __forceinline__ bool locate(const AttendArguments& a, int item, Work*
   const AttendProblem& p = a.problem;
   const int heads_per_item = a.pack_heads ? Config::kWarpgroups : 1;
   const int rows_per_item = a.pack_heads ? kGroupRows : Config::kWarpgroups * kGroupRows;
-  const int head_slot = item / a.row_tiles;
-  int tile = a.row_tiles - 1 - item % a.row_tiles;
+  int head_slot;
+  int tile;
+  a.row_tiles(head_slot, tile, item);
+  tile = a.row_tiles.divisor - 1 - tile;
 
-  const int group_size = static_cast<int>(p.num_heads / p.num_kv_heads);
-  const int slots_per_kv_head = (group_size + heads_per_item - 1) / heads_per_item;
-  work->kv_head = head_slot / slots_per_kv_head;
-  work->head = work->kv_head * group_size + head_slot % slots_per_kv_head * heads_per_item;
-  work->head_end = (work->kv_head + 1) * group_size;
+  int slot_in_group;
+  a.slots_per_kv_head(work->kv_head, slot_in_group, head_slot);
+  work->head = work->kv_head * a.group_size + slot_in_group * heads_per_item;
+  work->head_end = (work->kv_head + 1) * a.group_size;
 
   if (p.varlen.cu_seqlens_q != nullptr) {
     if (!find_sequence(p, tile, rows_per_item, a.lead_rows, &work->batch, &tile)) return false;
   } else {
-    const int tiles_per_sequence = a.row_tiles / static_cast<int>(p.batch);
-    work->batch = tile / tiles_per_sequence;
-    tile %= tiles_per_sequence;
+    a.tiles_per_sequence(work->batch, tile, tile);
   }
   const Sequence sequence = load_sequence(p, work->batch);
   work->token_q = sequence.token_q;
@@ -45,7 +44,7 @@ __device__ __forceinline__ bool locate(const AttendArguments& a, int item, Work*
   int list_row = first_row;  // a list is cut by what its whole q-block sees
   int list_last_row = last_row;
   if (p.index.counts != nullptr) {
-    list_row = first_row / p.index.block_q * p.index.block_q;
+    list_row = first_row & ~(p.index.block_q - 1);
     list_last_row = min(list_row + p.index.block_q, sequence.seqlen_q) - 1;
   }
   work->visible_begin = work->first_key(list_row);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnsieve.demo.measure import TorchSdpa
 from attnsieve.methods import Dense, Method, OracleTopK, PooledTopK, PooledTopP, Threshold
-from attnsieve.ops import pooled_block_scores, select_from_scores
+from attnsieve.selection import pooled_block_scores, select_from_scores
 
 # Names for --methods, in the order of the table.
 FAMILIES = {

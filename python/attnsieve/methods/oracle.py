@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnsieve.index import BlockIndex
 from attnsieve.methods.base import BlockMethod
-from attnsieve.ops import select_from_scores
+from attnsieve.selection import select_from_scores
 
 
 @dataclass(frozen=True)

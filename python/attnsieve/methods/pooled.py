@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from attnsieve.index import BlockIndex
 from attnsieve.methods.base import BlockMethod
-from attnsieve.ops import select_blocks
+from attnsieve.selection import select_blocks
 
 
 @dataclass(frozen=True)
