@@ -191,6 +191,16 @@ def test_appended_steps_equal_the_whole_cache(page_size, dtype):
     torch.testing.assert_close(got, attnsieve.proxy_scores(short, rows), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("where", [0, 3, 7])
+def test_nan_keys_are_nan_bounds_of_their_page_and_element(where):
+    k, caches = randn((1, 2, 24, 64)), [torch.zeros(1, 2, 24, 64) for _ in range(2)]
+    k[0, 1, 8 + where, 5] = NAN
+    bounds, lens = torch.zeros(1, 3, 2, 2, 64), torch.tensor([24], dtype=torch.int32)
+    attnsieve.append_kv(k, k, *caches, seq_lens=lens, bounds=bounds, page_size=8)
+    assert torch.nonzero(bounds.isnan()).tolist() == [[0, 1, 1, 0, 5], [0, 1, 1, 1, 5]]
+    assert_bitwise(bounds, page_bounds(k, 8))
+
+
 def test_a_proxy_score_is_a_product_of_projected_vectors():
     """q . (k P) = (q P^T) . k: scoring projected keys is scoring keys by a projected query."""
     q, k = randn((2, 6, 1, 8)), randn((2, 3, 40, 64), seed=1)
