@@ -56,6 +56,12 @@ def fill_pages(
     return cache
 
 
+def page_bounds(k, page_size):
+    """Minima and maxima of pages: [B, H, S, D] -> [B, pages, H, 2, D]."""
+    pages = [x.transpose(1, 2) for x in k.split(page_size, dim=2)]
+    return torch.stack([torch.stack([x.amin(1), x.amax(1)], 2) for x in pages], 1)
+
+
 def to_pages(
     problem: Problem, lengths: list[int], page_size: int, seed: int = 0, fill: float = math.nan
 ) -> Problem:

@@ -73,6 +73,25 @@ def _report(name: str, error: torch.Tensor, bound: float, seed_text: str) -> str
     )
 
 
+def assert_near_eager(name, actual, expected, eager, floor: float, what: str = "") -> None:
+    """The rule for one tensor: ``expected`` is float64, ``eager`` PyTorch's at the same dtype."""
+    actual, eager = actual.double(), eager.double()
+    same = _classes(actual) == _classes(expected)
+    if not same.all():
+        where = torch.nonzero(~same)[0].tolist()
+        got, want = float(actual[tuple(where)]), float(expected[tuple(where)])
+        raise AssertionError(f"{name}{where} is {got}, expected {want}\n{what}")
+    finite = expected.isfinite() & eager.isfinite()
+    error = torch.where(finite, (actual - expected).abs(), 0)
+    eager_error = torch.where(finite, (eager - expected).abs(), 0)
+    if error.numel() == 0:
+        return
+    bound = 2 * float(eager_error.max()) + floor
+    assert float(error.max()) <= bound, _report(name, error, bound, what)
+    mean, mean_bound = float(error.mean()), 1.5 * float(eager_error.mean()) + floor
+    assert mean <= mean_bound, f"{name}: mean error {mean:.3e} above {mean_bound:.3e}\n{what}"
+
+
 def assert_attention_close(out, lse, ref, pt, what: str = "") -> None:
     """The four assertions of the suite.
 
@@ -91,21 +110,7 @@ def assert_attention_close(out, lse, ref, pt, what: str = "") -> None:
         largest = ref_lse[ref_lse.isfinite()].abs().amax().item() if ref_lse.isfinite().any() else 0
         wanted.append(("lse", lse, ref_lse, pt_lse, max(1e-5, largest * 2**-24)))
     for name, actual, expected, eager, floor in wanted:
-        actual, eager = actual.double(), eager.double()
-        same = _classes(actual) == _classes(expected)
-        if not same.all():
-            where = torch.nonzero(~same)[0].tolist()
-            got, want = float(actual[tuple(where)]), float(expected[tuple(where)])
-            raise AssertionError(f"{name}{where} is {got}, expected {want}\n{what}")
-        finite = expected.isfinite() & eager.isfinite()
-        error = torch.where(finite, (actual - expected).abs(), 0)
-        eager_error = torch.where(finite, (eager - expected).abs(), 0)
-        if error.numel() == 0:
-            continue
-        bound = 2 * float(eager_error.max()) + floor
-        assert float(error.max()) <= bound, _report(name, error, bound, what)
-        mean, mean_bound = float(error.mean()), 1.5 * float(eager_error.mean()) + floor
-        assert mean <= mean_bound, f"{name}: mean error {mean:.3e} above {mean_bound:.3e}\n{what}"
+        assert_near_eager(name, actual, expected, eager, floor, what)
 
 
 def oracle_and_eager(problem: Problem) -> tuple[tuple, tuple]:

@@ -135,3 +135,26 @@ def test_index_above_2g_entries():
         half = k[:, :, 64 * (row % 2) :][:, :, :64].contiguous()
         expected = attend(q[:, -1:, block].contiguous(), half, half)
         assert_bitwise(out[:, -1:, block], expected, f"row {row} of the last list")
+
+
+def test_caches_above_2g_elements():
+    """append_kv, proxy_scores and decode over two pages more than 2**31 elements apart."""
+    need_gib("cpu", 1)  # what lies between the pages is never touched
+    far = [torch.empty(2**31 + 2**13, dtype=torch.float16) for _ in range(2)]
+    far = [x.as_strided((2, 16, 2, 64), (2**31 + 2048, 128, 64, 1)) for x in far]
+    near = [torch.zeros(2, 16, 2, 64, dtype=torch.float16) for _ in range(2)]
+    k, v, q = (
+        randn((1, h, n, 64), torch.float16, seed=h + n) for h, n in ((2, 27), (2, 28), (4, 1))
+    )
+    where = dict(
+        block_table=torch.tensor([[1, 0]], dtype=torch.int32),
+        seq_lens=torch.tensor([27], dtype=torch.int32),
+    )
+    results = []
+    for caches in (far, near):
+        bounds = torch.zeros(2, 2, 2, 64, dtype=torch.float16)
+        attnsieve.append_kv(k, v[:, :, 1:], *caches, bounds=bounds, **where)
+        scores = attnsieve.proxy_scores(q, caches[0], **where)
+        results.append((bounds, scores, attnsieve.decode(q, *caches, **where)))
+    assert_bitwise(*results, "pages 2**31 elements apart")
+    assert_bitwise(far[0][1], k[0, :, :16].transpose(0, 1))

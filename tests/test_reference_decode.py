@@ -10,7 +10,7 @@ from attnsieve import reference
 from attnsieve import reference_decode as oracle
 from attnsieve.token_index import TokenIndex
 from cases import BAD_IDS, randn
-from layouts import deal_pages, fill_pages
+from layouts import deal_pages, fill_pages, page_bounds
 from numerics import assert_bitwise
 
 HEADS = ((4, 4), (4, 2), (6, 1), (6, 3))  # (num_heads, num_kv_heads)
@@ -208,12 +208,6 @@ def test_fp8_codes_are_scaled_per_head():
 
 
 # ---- proxy_scores
-
-
-def page_bounds(k, page_size):
-    """[B, H, S, D] -> [B, pages, H, 2, D]."""
-    pages = [x.transpose(1, 2) for x in k.split(page_size, dim=2)]
-    return torch.stack([torch.stack([x.amin(1), x.amax(1)], 2) for x in pages], 1)
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -11,11 +11,13 @@ import attnsieve
 PUBLIC = (
     "BlockIndex",
     "TokenIndex",
+    "append_kv",
     "block_sparse_attention",
     "build_info",
     "decode",
     "merge_states",
     "pooled_block_scores",
+    "proxy_scores",
     "reference",
     "select_blocks",
     "select_from_scores",

@@ -18,6 +18,14 @@ void decode(const DecodeProblem&, void*) {
   throw Unsupported("decode has no CUDA kernel; supported: cpu");
 }
 
+void proxy_scores(const ProxyScoresProblem&, void*) {
+  throw Unsupported("proxy_scores has no CUDA kernel; supported: cpu");
+}
+
+void append_kv(const AppendKvProblem&, void*) {
+  throw Unsupported("append_kv has no CUDA kernel; supported: cpu");
+}
+
 void select_tokens(const TokenSelectProblem&, void*) {
   throw Unsupported("select_topk and select_threshold have no CUDA kernels; supported: cpu");
 }

@@ -86,6 +86,20 @@ inline const std::vector<Capability>& capabilities() {
        256,
        "everything, TokenIndex (tokens, pages, slots), dense range, 1 to 8 rows, GQA, paged (any "
        "page_size), lse, sink"},
+      {"proxy_scores",
+       Backend::kCpu,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       "dot, ReLU dot, page bounds; float8_e4m3 and int8 keys; max, mean, sum over rows, heads, "
+       "pages; softmax; GQA, paged, causal rows"},
+      {"append_kv",
+       Backend::kCpu,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       "contiguous, paged (any page_size), packed rows; float8_e4m3 cache; page bounds; projected "
+       "keys"},
       {"merge_states",
        Backend::kCpu,
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},

@@ -26,6 +26,8 @@ struct ParallelFor {
 namespace cpu {
 void attend(const AttendProblem& problem, const ParallelFor& parallel_for);
 void decode(const DecodeProblem& problem, const ParallelFor& parallel_for);
+void proxy_scores(const ProxyScoresProblem& problem, const ParallelFor& parallel_for);
+void append_kv(const AppendKvProblem& problem, const ParallelFor& parallel_for);
 void merge_states(const MergeProblem& problem, const ParallelFor& parallel_for);
 void select_blocks(const SelectProblem& problem, const ParallelFor& parallel_for);
 void select_tokens(const TokenSelectProblem& problem, const ParallelFor& parallel_for);
@@ -37,6 +39,8 @@ size_t attend_workspace_bytes(const AttendProblem& problem);
 // `stream` is a cudaStream_t of the current device.
 void attend(const AttendProblem& problem, void* stream);
 void decode(const DecodeProblem& problem, void* stream);
+void proxy_scores(const ProxyScoresProblem& problem, void* stream);
+void append_kv(const AppendKvProblem& problem, void* stream);
 void merge_states(const MergeProblem& problem, void* stream);
 void select_blocks(const SelectProblem& problem, void* stream);
 void select_tokens(const TokenSelectProblem& problem, void* stream);

@@ -101,6 +101,83 @@ struct DecodeProblem {
   const float* sink = nullptr;  // float32 [Hq]
 };
 
+enum class ProxyElement : int32_t {
+  kDot,  // q . k
+  kReluDot,  // max(q . k, 0)
+  kBounds,  // sum_i max(q_i * max_i, q_i * min_i): q . k is not above it for any key of the page
+};
+
+enum class Reduction : int32_t { kNone, kMax, kMean, kSum };
+
+// A score for every unit of a cache: a key, or with kBounds a page of page_size keys. In this order:
+// score_scale * element * head_weights; rows reduced; softmax over the units; query heads reduced
+// to num_out_heads; keys reduced to pages. Candidates are the units [skip_first, n - skip_last) of
+// the n that hold keys of the sequence, where a row sees them and their page exists. The others
+// take part in nothing and score -inf. NaN passes every reduction.
+struct ProxyScoresProblem {
+  HeadTensor q;  // [B, Hq, R, dp]
+  HeadTensor keys;  // rows of dp per (sequence, head, unit); paged: (page, head, row of the page)
+  int64_t keys_stride_bound = 0;  // from the minima of a page to its maxima
+  RowTensor key_scale;  // as keys, without dp; data nullptr: no scales
+  int64_t key_scale_stride_bound = 0;
+  RowTensor head_weights;  // [B, Hq, R]; data nullptr: 1
+  float* scores = nullptr;  // [B, rows, num_out_heads, columns()] contiguous; rows 1 where reduced
+  int64_t batch = 0;
+  int64_t num_heads = 0;
+  int64_t num_key_heads = 0;  // query head h reads key head h / (num_heads / num_key_heads)
+  int64_t num_out_heads = 0;
+  int64_t num_rows = 0;
+  int64_t units = 0;  // that the cache has room for, per sequence
+  int64_t head_dim = 0;
+  DType dtype = DType::kFloat32;  // of q, and of keys without a code
+  Code key_code = Code::kNone;
+  ProxyElement element = ProxyElement::kDot;
+  Reduction row_reduce = Reduction::kNone;
+  bool softmax = false;
+  Reduction head_reduce = Reduction::kNone;
+  Reduction page_reduce = Reduction::kNone;
+  int64_t page_size = 1;  // keys of a page, with page_reduce or kBounds
+  int64_t skip_first = 0;
+  int64_t skip_last = 0;
+  bool causal = false;  // row i sees keys j <= i + length - R, and the pages that hold one
+  float score_scale = 1.0f;
+  PagedKv pages;  // seq_lens count keys; page_size counts units: 1 with kBounds
+
+  int64_t unit_keys() const { return element == ProxyElement::kBounds ? page_size : 1; }
+  int64_t units_per_column() const { return page_reduce == Reduction::kNone ? 1 : page_size; }
+  int64_t columns() const { return (units + units_per_column() - 1) / units_per_column(); }
+};
+
+// Writes new rows of K and V into a cache, and what is kept beside it. Row i of n goes to position
+// seq_lens[b] - n + i; one that the cache has no place for is not written.
+struct AppendKvProblem {
+  HeadTensor k, v;  // [B, Hkv, Sq, D], or with cu_seqlens all rows of the batch
+  HeadTensor k_cache, v_cache;  // [B, Hkv, capacity, D]; paged: as in PagedKv
+  int64_t batch = 0;
+  int64_t num_kv_heads = 0;
+  int64_t seqlen_q = 0;
+  int64_t seqlen_k = 0;  // keys that the cache has room for, per sequence
+  int64_t head_dim = 0;
+  DType dtype = DType::kFloat32;
+  Code code = Code::kNone;  // of the caches: kNone, or kFloat8E4m3 of x / scale
+  const float* k_scale = nullptr;  // [Hkv]
+  const float* v_scale = nullptr;
+  const int32_t* cu_seqlens = nullptr;  // [B + 1]
+  PagedKv pages;  // seq_lens: lengths after the append, never clamped
+  // Minima and maxima, over its keys below the new length, of every page that received a row.
+  HeadTensor bounds;  // [B, Hkv, pages, 2, D]; paged: a page each; data nullptr: none
+  int64_t bounds_stride_bound = 0;
+  DType bounds_dtype = DType::kFloat32;
+  int64_t bounds_page_size = 1;  // keys of a page; paged: pages.page_size
+  // proxy row = new key row . projection, for num_proxy_heads / num_kv_heads projections per head.
+  HeadTensor projection;  // [Hp, D, proxy_dim]: stride_row between the rows of a matrix
+  HeadTensor proxy;  // [B, Hp, capacity, proxy_dim]; paged: as in PagedKv; data nullptr: none
+  DType projection_dtype = DType::kFloat32;
+  DType proxy_dtype = DType::kFloat32;
+  int64_t num_proxy_heads = 0;
+  int64_t proxy_dim = 0;
+};
+
 // out[i] = sum_n softmax_n(lse[n, i]) * outs[n, i];  lse[i] = logsumexp_n lse[n, i]. Rows are
 // flattened.
 struct MergeProblem {

@@ -16,6 +16,9 @@ inline const char* dtype_name(DType dtype) {
   return "unknown";
 }
 
+// One-byte elements of a cache: a number is code * scale. kNone: elements of some DType.
+enum class Code : int32_t { kNone, kFloat8E4m3, kInt8 };
+
 // A [batch, heads, seqlen, head_dim] tensor whose last dimension is contiguous. Strides count
 // elements. Varlen tensors [tokens, heads, head_dim] are viewed with seqlen = all tokens and
 // stride_batch = 0: the sequence's first token comes from cu_seqlens.

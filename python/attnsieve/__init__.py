@@ -23,6 +23,7 @@ from attnsieve.selection import (  # noqa: E402  (after the ops)
     select_blocks,
     select_from_scores,
 )
+from attnsieve.ops_cache import append_kv, proxy_scores  # noqa: E402  (after the ops)
 from attnsieve.ops_decode import (  # noqa: E402  (after the ops)
     decode,
     select_threshold,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockIndex",
     "TokenIndex",
+    "append_kv",
     "block_sparse_attention",
     "build_info",
     "capabilities",
@@ -42,6 +44,7 @@ __all__ = [
     "kernel_attributes",
     "merge_states",
     "pooled_block_scores",
+    "proxy_scores",
     "reference",
     "select_blocks",
     "select_from_scores",

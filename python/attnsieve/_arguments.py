@@ -39,6 +39,11 @@ def call_op(op, *args):
         raise NotImplementedError(message) from None
 
 
+def require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
 def window_sides(window: Window | None) -> Window:
     if window is None:
         return -1, -1
@@ -93,10 +98,7 @@ def check_values(
     ):
         if offsets is None:
             continue
-        values = offsets.tolist()
-        lengths = [end - begin for begin, end in zip(values, values[1:], strict=False)]
-        if values[0] != 0 or values[-1] != total or min(lengths, default=0) < 0:
-            raise ValueError(f"{name}: expected ascending offsets from 0 to {total}, got {values}")
+        lengths = _check_offsets(name, offsets, total)
         if name == "cu_seqlens_k":
             longest_k = max(lengths, default=0)
     if block_table is not None and seq_lens is not None:
@@ -112,19 +114,69 @@ def check_decode_values(
     seq_lens: Tensor | None,
 ) -> None:
     """Reads lengths, tables and index on the host and raises for the first bad value."""
-    lengths = cache.shape[2]
-    if seq_lens is not None and block_table is not None:
-        _check_pages(cache.shape[0], cache.shape[1], block_table, seq_lens)
-        lengths = seq_lens
-    elif seq_lens is not None:
-        for b, length in enumerate(seq_lens.tolist()):
-            if not 0 <= length <= lengths:
-                raise ValueError(f"seq_lens[{b}] = {length} is outside [0, {lengths}]")
-        lengths = seq_lens
+    check_lengths(cache.shape[0], cache.shape[1], cache.shape[2], block_table, seq_lens)
+    lengths = cache.shape[2] if seq_lens is None else seq_lens
     if index is not None and index.physical:
         index.validate(cache.shape[0] * cache.shape[1])
     elif index is not None:
         index.validate(-(-lengths // index.page_size))
+
+
+def check_lengths(
+    num_pages: int,
+    page_size: int,
+    capacity: int,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+) -> None:
+    """The lengths of a cache of ``capacity`` keys, or where there is a table, of pages."""
+    if seq_lens is None:
+        return
+    if block_table is not None:
+        _check_pages(num_pages, page_size, block_table, seq_lens)
+        return
+    for b, length in enumerate(seq_lens.tolist()):
+        if not 0 <= length <= capacity:
+            raise ValueError(f"seq_lens[{b}] = {length} is outside [0, {capacity}]")
+
+
+def check_append_values(
+    k: Tensor,
+    cache: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Reads lengths, offsets and tables on the host: every new row must have a place."""
+    lengths = seq_lens.tolist()
+    counts = [k.shape[-2]] * len(lengths)
+    if cu_seqlens is not None:
+        counts = _check_offsets("cu_seqlens", cu_seqlens, k.shape[0])
+    page_size, capacity = cache.shape[1], cache.shape[2]
+    tables = [[]] * len(lengths)
+    if block_table is not None:
+        tables, capacity = block_table.tolist(), block_table.shape[1] * page_size
+    for b, (length, count, pages) in enumerate(zip(lengths, counts, tables, strict=True)):
+        if not count <= length <= capacity:
+            raise ValueError(
+                f"seq_lens[{b}] = {length} is outside [{count}, {capacity}]: it counts the "
+                f"{count} new rows"
+            )
+        first = (length - count) // page_size
+        for slot, page in enumerate(pages[first : -(-length // page_size)], first):
+            if count > 0 and not 0 <= page < cache.shape[0]:
+                raise ValueError(
+                    f"block_table[{b}, {slot}] = {page} is outside [0, {cache.shape[0]})"
+                )
+
+
+def _check_offsets(name: str, offsets: Tensor, total: int) -> list[int]:
+    """Checks token offsets; returns the lengths between them."""
+    values = offsets.tolist()
+    lengths = [end - begin for begin, end in zip(values, values[1:], strict=False)]
+    if values[0] != 0 or values[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(f"{name}: expected ascending offsets from 0 to {total}, got {values}")
+    return lengths
 
 
 def _check_pages(num_pages: int, page_size: int, block_table: Tensor, seq_lens: Tensor) -> int:

@@ -71,6 +71,56 @@ def _decode(
     return _attend_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@torch.library.register_fake("attnsieve::proxy_scores")
+def _proxy_scores(
+    q: Tensor,
+    keys: Tensor,
+    key_scale: Tensor | None,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    element: int,
+    row_reduce: int,
+    softmax: bool,
+    head_reduce: int,
+    num_out_heads: int,
+    head_weights: Tensor | None,
+    page_reduce: int,
+    page_size: int,
+    skip_first: int,
+    skip_last: int,
+    causal: bool,
+    score_scale: float,
+) -> Tensor:
+    # The enums of include/attnsieve/problem.h: element 2 is bounds, reduction 0 is none.
+    bounds = element == 2
+    if block_table is not None:
+        units = block_table.shape[1] * (1 if bounds else keys.shape[1])
+    else:
+        units = keys.shape[1 if bounds else 2]
+    columns = units if page_reduce == 0 else (units + page_size - 1) // page_size
+    rows = q.shape[2:3] if row_reduce == 0 else ()
+    return q.new_empty((q.shape[0], *rows, num_out_heads, columns), dtype=torch.float32)
+
+
+@torch.library.register_fake("attnsieve::append_kv")
+def _append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    bounds: Tensor | None,
+    bounds_page_size: int,
+    projection: Tensor | None,
+    proxy: Tensor | None,
+) -> None:
+    pass
+
+
 @torch.library.register_fake("attnsieve::merge_states")
 def _merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])

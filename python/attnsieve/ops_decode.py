@@ -9,15 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnsieve._arguments import call_op, check_decode_values, default_scale
+from attnsieve._arguments import call_op, check_decode_values, default_scale, require_tensor
 from attnsieve.token_index import TokenIndex
 
 __all__ = ["decode", "select_threshold", "select_topk"]
-
-
-def _require_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def decode(
@@ -70,7 +65,7 @@ def decode(
             for: there is no backward yet.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _require_tensor(name, tensor)
+        require_tensor(name, tensor)
     if index is not None and not isinstance(index, TokenIndex):
         raise TypeError(f"index: expected a TokenIndex or None, got {type(index).__name__}")
     if validate:
@@ -138,7 +133,7 @@ def select_topk(
 
     Follows the selection of DSA, Quest and FlashInfer's ``top_k_page_table_transform``.
     """
-    _require_tensor("scores", scores)
+    require_tensor("scores", scores)
     indices, counts = call_op(
         torch.ops.attnsieve.select_topk.default,
         scores,
@@ -183,7 +178,7 @@ def select_threshold(
         ``(index, passed)``: ``passed`` int32 like ``index.counts`` is how many passed or were
         forced; above ``capacity`` it shows that the list was cut.
     """
-    _require_tensor("scores", scores)
+    require_tensor("scores", scores)
     value, per_head = None, None
     if isinstance(threshold, Tensor):
         if threshold.dim() > 2:

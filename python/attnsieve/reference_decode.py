@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from attnsieve._arguments import check_decode_values
+from attnsieve._arguments import check_append_values, check_decode_values, check_lengths
 from attnsieve._reference_selection import visible_mask
 from attnsieve._reference_threshold import scaled_scores
 from attnsieve._reference_token_selection import select_threshold, select_topk
@@ -179,6 +179,7 @@ def proxy_scores(
     skip_last: int = 0,
     causal: bool = False,
     score_scale: float | None = None,
+    validate: bool = False,
 ) -> Tensor:
     """Oracle of ``proxy_scores``: a score for every cached token or page.
 
@@ -199,6 +200,7 @@ def proxy_scores(
         page_size: tokens of a page: of ``page_reduce``, or of the bounds.
         skip_first, skip_last: tokens (pages, for bounds) at either end that are no candidates.
         causal: row i sees keys ``j <= i + T - R``; its pages are those that hold one.
+        validate: raise for lengths and pages out of range.
 
     Returns:
         float64 ``[B, num_out_heads, M]``, without ``row_reduce`` ``[B, R, num_out_heads, M]``; M
@@ -215,6 +217,9 @@ def proxy_scores(
     out_heads = num_heads if num_out_heads is None else num_out_heads
     if head_reduce is None and out_heads != num_heads:
         raise ValueError(f"head_reduce: {num_heads} heads cannot become {out_heads} without one")
+    if validate:
+        tokens = page_size if bounds else keys.shape[1]
+        check_lengths(keys.shape[0], tokens, units * unit, block_table, seq_lens)
     keys = keys.double() if key_scale is None else keys.double() * key_scale.double().unsqueeze(-1)
     results = []
     for b, length in enumerate(_lengths(seq_lens, batch, units * unit)):
@@ -299,6 +304,7 @@ def append_kv(
     page_size: int | None = None,
     projection: Tensor | None = None,
     proxy: Tensor | None = None,
+    validate: bool = False,
 ) -> None:
     """Oracle of ``append_kv``: writes new rows into the cache and its side caches, in place.
 
@@ -313,7 +319,10 @@ def append_kv(
             received a row, over all its rows below the new length. NaN spreads.
         projection, proxy: ``[Hp, D, r]`` and rows ``[num_pages, P, Hp, r]`` (contiguous
             ``[B, Hp, S, r]``): proxy row = new key row . projection; Hp = Hkv or Hq.
+        validate: raise for lengths, offsets and pages that leave a row without a place.
     """
+    if validate:
+        check_append_values(k, k_cache, block_table, seq_lens, cu_seqlens)
     batch = seq_lens.shape[0]
     for b in range(batch):
         if cu_seqlens is None:

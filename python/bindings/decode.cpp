@@ -5,21 +5,10 @@
 #include "python/bindings/backend.h"
 #include "python/bindings/layout.h"
 #include "python/bindings/ops.h"
+#include "python/bindings/pages.h"
 
 namespace attnsieve::binding {
 namespace {
-
-// An int32 [batch] tensor, or nullptr.
-const int32_t* per_sequence(const char* name, const std::optional<Tensor>& tensor,
-                            const Tensor& q) {
-  if (!tensor) return nullptr;
-  check_dim(name, *tensor, 1, "[batch]");
-  check_dtype(name, *tensor, ScalarType::Int);
-  check_size(name, *tensor, 0, q.size(0), "batch");
-  check_last_contiguous(name, *tensor);
-  check_same_device(name, *tensor, q);
-  return tensor->const_data_ptr<int32_t>();
-}
 
 void check_caches(const Tensor& q, const Tensor& k, const Tensor& v, bool paged) {
   const char* const shape =
@@ -43,34 +32,6 @@ void check_caches(const Tensor& q, const Tensor& k, const Tensor& v, bool paged)
   if (q.size(2) > kMaxDecodeRows) {
     invalid("q", "expected at most ", kMaxDecodeRows, " new rows, got shape ", shape_of(q));
   }
-}
-
-void set_pages(DecodeProblem* problem, const Tensor& q, const Tensor& k,
-               const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens) {
-  PagedKv& paged = problem->paged;
-  paged.seq_lens = per_sequence("seq_lens", seq_lens, q);
-  if (!block_table) {
-    problem->seqlen_k = k.size(2);
-    return;
-  }
-  if (!seq_lens) invalid("seq_lens", "must be given with block_table");
-  check_dim("block_table", *block_table, 2, "[batch, max pages]");
-  check_dtype("block_table", *block_table, ScalarType::Int);
-  check_size("block_table", *block_table, 0, q.size(0), "batch");
-  check_last_contiguous("block_table", *block_table);
-  check_same_device("block_table", *block_table, q);
-  const int64_t page_size = k.size(1);
-  if (page_size == 0) invalid("k_cache", "page_size must be positive, got shape ", shape_of(k));
-  if (block_table->size(1) > INT32_MAX / page_size || k.size(0) > INT32_MAX / page_size) {
-    invalid("k_cache", "positions and slots must fit in int32, got ", k.size(0), " pages of ",
-            page_size, " and rows of ", block_table->size(1), " pages");
-  }
-  paged.block_table = block_table->const_data_ptr<int32_t>();
-  paged.table_stride_batch = block_table->stride(0);
-  paged.num_pages = k.size(0);
-  paged.page_size = static_cast<int32_t>(page_size);
-  paged.max_pages = static_cast<int32_t>(block_table->size(1));
-  problem->seqlen_k = paged.capacity();
 }
 
 void set_index(DecodeProblem* problem, const Tensor& q, const std::optional<Tensor>& indices,
@@ -150,9 +111,11 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
     invalid("softmax_scale", "expected a positive finite number, got ", softmax_scale);
   }
   problem.causal = causal;
-  set_pages(&problem, q, k_cache, block_table, seq_lens);
+  problem.paged = paged_kv("k_cache", k_cache.size(0), k_cache.size(1), block_table, seq_lens,
+                           problem.batch, q);
+  problem.seqlen_k = paged ? problem.paged.capacity() : k_cache.size(2);
   set_index(&problem, q, indices, counts, index_page_size, physical);
-  problem.dense_begin = per_sequence("dense_begin", dense_begin, q);
+  problem.dense_begin = per_sequence("dense_begin", dense_begin, problem.batch, q);
   if (recent < 0) invalid("recent", "expected a number >= 0, got ", recent);
   problem.recent = recent;
   if (!indices && (dense_begin || recent > 0)) {

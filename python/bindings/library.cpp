@@ -15,6 +15,15 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
       "Tensor? indices, Tensor? counts, int index_page_size, bool physical, "
       "Tensor? dense_begin, int recent, Tensor? sink, float softmax_scale, bool causal) "
       "-> (Tensor out, Tensor lse)");
+  m.def(
+      "proxy_scores(Tensor q, Tensor keys, Tensor? key_scale, Tensor? block_table, "
+      "Tensor? seq_lens, int element, int row_reduce, bool softmax, int head_reduce, "
+      "int num_out_heads, Tensor? head_weights, int page_reduce, int page_size, int skip_first, "
+      "int skip_last, bool causal, float score_scale) -> Tensor scores");
+  m.def(
+      "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? block_table, "
+      "Tensor? seq_lens, Tensor? cu_seqlens, Tensor? k_scale, Tensor? v_scale, "
+      "Tensor(c!)? bounds, int bounds_page_size, Tensor? projection, Tensor(d!)? proxy) -> ()");
   m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
   m.def(
       "select_blocks(Tensor scores, int seqlen_q, int seqlen_k, int block_q, int block_k, int? "
@@ -36,6 +45,8 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
   m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
   m.impl("decode", TORCH_BOX(&attnsieve::binding::decode));
+  m.impl("proxy_scores", TORCH_BOX(&attnsieve::binding::proxy_scores));
+  m.impl("append_kv", TORCH_BOX(&attnsieve::binding::append_kv));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
@@ -45,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
   m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
   m.impl("decode", TORCH_BOX(&attnsieve::binding::decode));
+  m.impl("proxy_scores", TORCH_BOX(&attnsieve::binding::proxy_scores));
+  m.impl("append_kv", TORCH_BOX(&attnsieve::binding::append_kv));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));

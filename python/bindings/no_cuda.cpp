@@ -15,6 +15,8 @@ namespace {
 size_t attend_workspace_bytes(const AttendProblem&) { refuse(); }
 void attend(const AttendProblem&, void*) { refuse(); }
 void decode(const DecodeProblem&, void*) { refuse(); }
+void proxy_scores(const ProxyScoresProblem&, void*) { refuse(); }
+void append_kv(const AppendKvProblem&, void*) { refuse(); }
 void merge_states(const MergeProblem&, void*) { refuse(); }
 void select_blocks(const SelectProblem&, void*) { refuse(); }
 void select_tokens(const TokenSelectProblem&, void*) { refuse(); }

@@ -28,6 +28,20 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
                                   int64_t recent, const std::optional<Tensor>& sink,
                                   double softmax_scale, bool causal);
 
+Tensor proxy_scores(const Tensor& q, const Tensor& keys, const std::optional<Tensor>& key_scale,
+                    const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
+                    int64_t element, int64_t row_reduce, bool softmax, int64_t head_reduce,
+                    int64_t num_out_heads, const std::optional<Tensor>& head_weights,
+                    int64_t page_reduce, int64_t page_size, int64_t skip_first, int64_t skip_last,
+                    bool causal, double score_scale);
+
+void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+               const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
+               const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& k_scale,
+               const std::optional<Tensor>& v_scale, const std::optional<Tensor>& bounds,
+               int64_t bounds_page_size, const std::optional<Tensor>& projection,
+               const std::optional<Tensor>& proxy);
+
 std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses);
 
 std::tuple<Tensor, Tensor> select_blocks(const Tensor& scores, int64_t seqlen_q, int64_t seqlen_k,
