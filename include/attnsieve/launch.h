@@ -39,6 +39,8 @@ void attend(const AttendProblem& problem, void* stream);
 void decode(const DecodeProblem& problem, void* stream);
 void merge_states(const MergeProblem& problem, void* stream);
 void select_blocks(const SelectProblem& problem, void* stream);
+// Device memory that lets several thread blocks share a long list. Without it one owns each list.
+size_t select_tokens_workspace_bytes(const TokenSelectProblem& problem);
 void select_tokens(const TokenSelectProblem& problem, void* stream);
 }  // namespace cuda
 

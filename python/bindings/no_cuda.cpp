@@ -17,6 +17,7 @@ void attend(const AttendProblem&, void*) { refuse(); }
 void decode(const DecodeProblem&, void*) { refuse(); }
 void merge_states(const MergeProblem&, void*) { refuse(); }
 void select_blocks(const SelectProblem&, void*) { refuse(); }
+size_t select_tokens_workspace_bytes(const TokenSelectProblem&) { refuse(); }
 void select_tokens(const TokenSelectProblem&, void*) { refuse(); }
 
 }  // namespace attnsieve::cuda
