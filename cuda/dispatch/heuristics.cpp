@@ -39,12 +39,12 @@ int select_threads(int64_t num_k_blocks) {
 namespace attnsieve::sm80 {
 
 SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem, int num_sms) {
-  // A list is split where one CTA would need longer than five launches take, and would leave half
-  // of the GPU idle.
+  // A list is split where it is long enough for four more launches to pay, and where one CTA a list
+  // would leave half of the GPU idle. Estimates, not yet measured.
   constexpr int64_t kMinSplitColumns = 48 * 1024;
   constexpr int64_t kMinPartColumns = 4096;
   constexpr int64_t kCtasPerSm = 2;
-  constexpr int64_t kSmallList = 4096;  // columns that 256 threads read in two turns
+  constexpr int64_t kSmallList = 4096;  // columns; 16 for each of 256 threads
   const int64_t lists = problem.batch * problem.seqlen_q * problem.num_lists;
   const int64_t columns = problem.columns;
   SelectTokensPlan plan;

@@ -6,7 +6,8 @@
 //                 of the marks say where each entry goes.
 // Shared memory   Histogram of a digit (8 KB), orders in the bin of the cut (16 KB).
 // Invariants      Sums are integers and marks lie by position, so nothing depends on the order of
-//                 atomics. Sweeps after the first hit L1 for lists up to about 32k.
+//                 atomics. Scores are read from memory in every sweep, three of them as a rule:
+//                 caches serve the later ones.
 // Not handled     Lists that few CTAs should share: split.cuh.
 #pragma once
 

@@ -55,9 +55,9 @@ struct CutSearch {
     wanted = candidates_wanted;
     kept = min(wanted, list.room());
     missing = kept;
+    // What the threshold cuts off, nothing, or everything: the last two need no look at a score.
     found = kept == 0 || kept == wanted;
-    cut = {list.limit, 0};  // kNoOrder, where there is no threshold
-    // The writer reads no scores where all candidates are kept, or none.
+    cut = {list.limit, 0};
   }
 
   __device__ void descend(int digit, const DigitChoice& choice) {
@@ -142,8 +142,8 @@ class DigitCounter {
     }
   }
 
-  // Moves the search on by the digit that was counted, and clears the counts. Each thread counts on
-  // after the barriers here only.
+  // Moves the search on by the digit that was counted, and clears the counts. Barriers at its
+  // begin and end part it from counting.
   __device__ void choose(CutSearch& search, int digit) {
     constexpr int kBinsPerThread = kScoreBins / kThreads;
     const int top = kScoreBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
