@@ -6,11 +6,9 @@
 // depend on the values.
 #include <algorithm>
 #include <array>
-#include <string>
 
 #include "attnsieve/launch.h"
-#include "attnsieve/status.h"
-#include "attnsieve/visibility.h"
+#include "attnsieve/token_select.h"
 #include "cpu/score_order.h"
 
 namespace attnsieve::cpu {
@@ -48,95 +46,49 @@ Cut find_cut(const float* scores, int64_t begin, int64_t end, int64_t budget) {
   return {found, missing};
 }
 
-// Candidates of a row: scores of keys that it may see.
-int64_t count_candidates(const TokenSelectProblem& problem, int64_t batch, int64_t row) {
-  if (problem.pages.seq_lens == nullptr) return problem.columns;
-  int64_t keys = problem.pages.seq_lens[batch];
-  if (problem.causal) keys -= problem.seqlen_q - 1 - row;
-  if (keys <= 0) return 0;
-  return min64((keys + problem.page_size - 1) / problem.page_size, problem.columns);
-}
-
-int32_t entry_of(const TokenSelectProblem& problem, int64_t batch, int64_t position) {
-  const PagedKv& pages = problem.pages;
-  if (pages.block_table == nullptr) return static_cast<int32_t>(position);
-  const bool whole_pages = problem.page_size > 1;
-  const int64_t slot = whole_pages ? position : position / pages.page_size;
-  if (slot >= pages.max_pages) return -1;
-  const int64_t page = pages.block_table[batch * pages.table_stride_batch + slot];
-  if (page < 0 || page >= pages.num_pages) return -1;
-  if (whole_pages) return static_cast<int32_t>(page);
-  return static_cast<int32_t>(page * pages.page_size + position % pages.page_size);
-}
-
 int64_t count_above(const float* scores, int64_t begin, int64_t end, float threshold) {
   int64_t above = 0;
   for (int64_t j = begin; j < end; ++j) above += scores[j] > threshold;
   return above;
 }
 
-float threshold_of(const TokenSelectProblem& problem, int64_t batch, int64_t list) {
-  const Threshold& threshold = problem.threshold;
-  if (threshold.per_head == nullptr) return threshold.value;
-  return threshold.per_head[batch * threshold.stride_batch + list * threshold.stride_head];
-}
-
 void select_list(const TokenSelectProblem& problem, int64_t batch, int64_t row, int64_t list) {
   const float* scores = problem.scores + batch * problem.scores_stride_batch +
                         row * problem.scores_stride_row + list * problem.scores_stride_head;
-  const int64_t candidates = count_candidates(problem, batch, row);
-  const int64_t begin = min64(problem.sink, candidates);
-  const int64_t end = max64(begin, candidates - problem.recent);
-  const int64_t forced = candidates - (end - begin);
-  int64_t wanted = end - begin;
+  const TokenCandidates candidates = token_candidates(problem, batch, row);
+  const int64_t begin = candidates.begin;
+  const int64_t end = candidates.end;
+  const int64_t forced = candidates.forced();
+  int64_t wanted = candidates.ranked();
   if (problem.rule == TokenRule::kThreshold)
-    wanted = count_above(scores, begin, end, threshold_of(problem, batch, list));
+    wanted = count_above(scores, begin, end, token_threshold(problem, batch, list));
   const int64_t budget = min64(wanted, problem.capacity - forced);
 
   const int64_t flat = (batch * problem.seqlen_q + row) * problem.num_lists + list;
   int32_t* const entries = problem.indices + flat * problem.capacity;
   int32_t* next = entries;
-  for (int64_t j = 0; j < begin; ++j) *next++ = entry_of(problem, batch, j);
+  const auto entry = [&](int64_t j) {
+    return token_entry(problem, batch, static_cast<uint32_t>(j));
+  };
+  for (int64_t j = 0; j < begin; ++j) *next++ = entry(j);
   if (budget > 0) {
     Cut cut = find_cut(scores, begin, end, budget);
     for (int64_t j = begin; j < end; ++j) {
       const uint32_t order = score_order(scores[j]);
       if (order < cut.order || (order == cut.order && cut.equals-- <= 0)) continue;
-      *next++ = entry_of(problem, batch, j);
+      *next++ = entry(j);
     }
   }
-  for (int64_t j = end; j < candidates; ++j) *next++ = entry_of(problem, batch, j);
+  for (int64_t j = end; j < candidates.count; ++j) *next++ = entry(j);
   problem.counts[flat] = static_cast<int32_t>(next - entries);
   if (problem.passed != nullptr) problem.passed[flat] = static_cast<int32_t>(forced + wanted);
   std::fill(next, entries + problem.capacity, -1);
 }
 
-void check(const TokenSelectProblem& problem) {
-  if (problem.batch < 0 || problem.seqlen_q < 0 || problem.num_lists < 0 || problem.columns < 0 ||
-      problem.capacity < 0) {
-    throw InvalidArgument("select_tokens: sizes must not be negative");
-  }
-  if (problem.page_size <= 0) {
-    throw InvalidArgument("select_tokens: page_size must be positive, got " +
-                          std::to_string(problem.page_size));
-  }
-  if (problem.sink < 0 || problem.recent < 0 || problem.sink > problem.capacity ||
-      problem.recent > problem.capacity - problem.sink) {
-    throw InvalidArgument(
-        "select_tokens: " + std::to_string(problem.sink) + " + " + std::to_string(problem.recent) +
-        " forced entries do not fit in a budget of " + std::to_string(problem.capacity));
-  }
-  const PagedKv& pages = problem.pages;
-  if (pages.block_table != nullptr && problem.page_size != 1 &&
-      problem.page_size != pages.page_size) {
-    throw InvalidArgument("select_tokens: page_size must be 1 or that of the block table");
-  }
-}
-
 }  // namespace
 
 void select_tokens(const TokenSelectProblem& problem, const ParallelFor& parallel_for) {
-  check(problem);
+  check_token_select(problem);
   const int64_t per_batch = problem.seqlen_q * problem.num_lists;
   const int64_t lists = problem.batch * per_batch;
   if (lists == 0) return;

@@ -1,51 +1,24 @@
 """Selected tokens and pages are exactly what the rule says: multisets, ties, NaN, forced sets."""
 
-import math
-
 import pytest
 import torch
 
 import attnsieve
 from attnsieve import reference_decode
-from cases import BAD_IDS, EDGE, pairwise, randn
+from cases import BAD_IDS, EDGE, pairwise
 from numerics import assert_bitwise
+from token_lists import INF, NAN, OnDevice, by_stable_sort, lists_of, scores_of
 
-NAN, INF = math.nan, math.inf
+
+@pytest.fixture
+def op(device):
+    return OnDevice(attnsieve, device)
 
 
 @pytest.fixture(params=["oracle", "op"])
-def select(request):
-    """The module whose functions are under test: both are held to the same statements."""
-    return reference_decode if request.param == "oracle" else attnsieve
-
-
-def scores_of(kind, shape=(2, 3, 300), seed=0):
-    """0 normal, 1 a coarse grid full of ties, 2 all equal, 3 specials, 4 all -inf, 5 all NaN."""
-    scores = randn(shape, seed=seed)
-    if kind == 1:
-        return scores.round()
-    if kind == 3:
-        special = torch.tensor([NAN, -INF, INF, 0.0, -0.0, 3e38, -3e38, 1e-45, -1e-45])
-        generator = torch.Generator().manual_seed(9)
-        chosen = torch.randint(0, 2 * len(special), shape, generator=generator)
-        return torch.where(chosen < len(special), special[chosen % len(special)], scores)
-    return scores if kind == 0 else torch.full_like(scores, {2: 0.5, 4: -INF, 5: NAN}[kind])
-
-
-def by_stable_sort(scores, k):
-    """The rule by torch.sort alone: NaN below -inf through a second key, ties by stability."""
-    keys = torch.where(scores == 0, 0.0, scores)
-    order = torch.where(keys.isnan(), -INF, keys).sort(dim=-1, descending=True, stable=True).indices
-    last = keys.isnan().gather(-1, order).int().sort(dim=-1, stable=True).indices
-    return order.gather(-1, last)[..., :k].sort(-1).values.int()
-
-
-def lists_of(index):
-    """Nested lists without padding; checks that what is behind the counts is -1."""
-    beyond = torch.arange(index.capacity) >= index.counts.unsqueeze(-1)
-    assert (index.indices[beyond] == -1).all()
-    rows = zip(index.indices.flatten(0, -2), index.counts.flatten().tolist(), strict=True)
-    return [row[:count].tolist() for row, count in rows]
+def select(request, device):
+    """The functions under test: both modules are held to the same statements."""
+    return OnDevice(reference_decode if request.param == "oracle" else attnsieve, device)
 
 
 @pytest.mark.parametrize("k", [1, 2, 64, 255, 300])
@@ -203,7 +176,7 @@ CASES = pairwise(
 
 
 @pytest.mark.parametrize("pick", CASES, ids=[str(i) for i in range(len(CASES))])
-def test_op_equals_oracle(pick):
+def test_op_equals_oracle(op, pick):
     columns, page_size = pick["columns"], pick["page_size"]
     shape = (2, 3, columns) if pick["rows"] is None else (2, pick["rows"], 3, columns)
     scores = scores_of(pick["kind"], shape)
@@ -219,12 +192,12 @@ def test_op_equals_oracle(pick):
         table = torch.arange(2 * pages, dtype=torch.int32).view(2, pages).flip(-1).contiguous()
         table[0, 0] = BAD_IDS[pick["kind"] % len(BAD_IDS)]
         options |= dict(block_table=table, table_page_size=tokens, num_pages=2 * pages - 1)
-    actual = attnsieve.select_topk(scores, pick["k"], **options)
+    actual = op.select_topk(scores, pick["k"], **options)
     expected = reference_decode.select_topk(scores, pick["k"], **options)
     assert_bitwise((actual.indices, actual.counts), (expected.indices, expected.counts), str(pick))
     for threshold in (0.1, torch.tensor([0.5, -0.5])):
         arguments = scores, threshold, pick["k"]
-        actual, passed = attnsieve.select_threshold(*arguments, **options)
+        actual, passed = op.select_threshold(*arguments, **options)
         expected, wanted = reference_decode.select_threshold(*arguments, **options)
         assert_bitwise((actual.indices, actual.counts), (expected.indices, expected.counts))
         assert_bitwise(passed, wanted)
@@ -232,33 +205,33 @@ def test_op_equals_oracle(pick):
 
 @pytest.mark.parametrize("values", [1, 2, 33])
 @pytest.mark.parametrize("k", [1, 2048, 4096])
-def test_long_lists_of_ties(values, k):
+def test_long_lists_of_ties(op, values, k):
     """Few values over 100,000 candidates: the bucket of the cut overflows any fixed buffer."""
     generator = torch.Generator().manual_seed(values)
     scores = torch.randint(0, values, (1, 2, 100_003), generator=generator).float() - values // 2
-    index = attnsieve.select_topk(scores, k)
+    index = op.select_topk(scores, k)
     assert_bitwise(index.indices, by_stable_sort(scores, k))
 
 
-def test_scores_that_differ_in_one_bit():
+def test_scores_that_differ_in_one_bit(op):
     """Neighbouring floats, negative and denormal ones too: every digit of the key decides once."""
     bits = torch.randperm(1 << 12, generator=torch.Generator().manual_seed(0)).int()
     for base in (0, 0x3F800000, 0x7F000000):
         for sign in (1.0, -1.0):
             scores = (bits + base).view(torch.float32)[None, None] * sign
-            index = attnsieve.select_topk(scores, 777)
+            index = op.select_topk(scores, 777)
             assert_bitwise(index.indices, by_stable_sort(scores, 777))
 
 
-def test_strides_and_threads_do_not_matter():
-    big = scores_of(3, (4, 6, 5, 311))
+def test_strides_and_threads_do_not_matter(op):
+    big = op.to_device(scores_of(3, (4, 6, 5, 311)))
     scores = big[1:3, ::2, :, :300].transpose(1, 2)
     assert not scores.is_contiguous()
     options = dict(seq_lens=torch.tensor([300, 299]).int(), causal=True, recent=1)
-    expected = attnsieve.select_topk(scores.contiguous(), 50, **options)
+    expected = op.select_topk(scores.contiguous(), 50, **options)
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        assert_bitwise(attnsieve.select_topk(scores, 50, **options).indices, expected.indices)
+        assert_bitwise(op.select_topk(scores, 50, **options).indices, expected.indices)
 
 
 BAD_CALLS = (
@@ -285,23 +258,23 @@ BAD_CALLS = (
 
 
 @pytest.mark.parametrize("name, change", BAD_CALLS)
-def test_bad_calls_name_the_argument(name, change):
+def test_bad_calls_name_the_argument(op, name, change):
     arguments = dict(scores=torch.zeros(2, 3, 8), k=4) | change
     with pytest.raises(ValueError, match=name):
-        attnsieve.select_topk(**arguments)
+        op.select_topk(**arguments)
     if name != "k":
         arguments["capacity"] = arguments.pop("k")
         with pytest.raises(ValueError, match=name):
-            attnsieve.select_threshold(threshold=0.0, **arguments)
+            op.select_threshold(threshold=0.0, **arguments)
 
 
-def test_bad_thresholds():
+def test_bad_thresholds(op):
     scores = torch.zeros(2, 3, 8)
     for threshold in (None, "0"):
         with pytest.raises(TypeError, match="threshold"):
-            attnsieve.select_threshold(scores, threshold, 4)
+            op.select_threshold(scores, threshold, 4)
     for shape, dtype in (((2, 3, 1), torch.float32), ((2, 3), torch.float64)):
         with pytest.raises(ValueError, match="threshold"):
-            attnsieve.select_threshold(scores, torch.zeros(shape, dtype=dtype), 4)
+            op.select_threshold(scores, torch.zeros(shape, dtype=dtype), 4)
     with pytest.raises(NotImplementedError, match="backward"):
-        attnsieve.select_topk(scores.requires_grad_(), 4)
+        op.select_topk(scores.requires_grad_(), 4)

@@ -48,7 +48,15 @@ def merge(problem):
     return attnsieve.merge_states(torch.stack([out, 2 * out]), torch.stack([lse, lse + 1]))
 
 
-OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge)
+def select_tokens(problem):
+    """The first column of k as scores."""
+    scores = problem.k[..., 0].float()
+    best = attnsieve.select_topk(scores, 50, recent=2)
+    above, passed = attnsieve.select_threshold(scores, 0.3, 60, sink=1)
+    return best.indices, best.counts, above.indices, above.counts, passed
+
+
+OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge, select_tokens)
 
 
 def problem_of(seed):

@@ -36,6 +36,30 @@ int select_threads(int64_t num_k_blocks) {
 
 }  // namespace attnsieve::cuda
 
+namespace attnsieve::sm80 {
+
+SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem, int num_sms) {
+  // A list is split where it is long enough for four more launches to pay, and where one CTA a list
+  // would leave half of the GPU idle. Estimates, not yet measured.
+  constexpr int64_t kMinSplitColumns = 48 * 1024;
+  constexpr int64_t kMinPartColumns = 4096;
+  constexpr int64_t kCtasPerSm = 2;
+  constexpr int64_t kSmallList = 4096;  // columns; 16 for each of 256 threads
+  const int64_t lists = problem.batch * problem.seqlen_q * problem.num_lists;
+  const int64_t columns = problem.columns;
+  SelectTokensPlan plan;
+  if (lists > 0 && 2 * lists <= num_sms && columns > kMinSplitColumns) {
+    const int64_t least = (columns + kMaxSplitCandidates - 1) / kMaxSplitCandidates;
+    const int64_t useful = std::min(kCtasPerSm * num_sms / lists, columns / kMinPartColumns);
+    plan.parts = static_cast<int>(std::max(least, useful));
+  }
+  // Where lists queue for SMs two CTAs share one: the sweeps of one hide the scans of the other.
+  plan.threads = columns <= kSmallList ? 256 : lists > num_sms ? 512 : 1024;
+  return plan;
+}
+
+}  // namespace attnsieve::sm80
+
 namespace attnsieve::sm90 {
 namespace {
 

@@ -25,6 +25,21 @@ int select_threads(int64_t num_k_blocks);
 
 }  // namespace attnsieve::cuda
 
+namespace attnsieve::sm80 {
+
+// Candidates that a CTA of a split list can mark, 32 for each of its threads.
+inline constexpr int64_t kMaxSplitCandidates = 512 * 32;
+
+struct SelectTokensPlan {
+  int threads = 0;  // of a CTA that owns a list
+  int parts = 1;  // CTAs that share a list; then they have 512 threads
+};
+
+// How many threads select from a list. From shapes alone: lengths are not known to the host.
+SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem, int num_sms);
+
+}  // namespace attnsieve::sm80
+
 namespace attnsieve::sm90 {
 
 // Votes on 128 keys at once end here: S of 128 keys beside a wider O exceeds a thread's registers.

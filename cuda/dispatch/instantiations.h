@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attnsieve/problem.h"
+#include "cuda/dispatch/heuristics.h"
 #include "cuda/dispatch/kernel_table.h"
 #include "cuda/sm90/attend/arguments.h"
 
@@ -26,6 +27,12 @@ std::vector<KernelEntry> merge_states_entries();
 
 void launch_select_blocks(const SelectProblem& problem, int threads, void* stream);
 std::vector<KernelEntry> select_blocks_entries();
+
+size_t select_tokens_workspace_bytes(int64_t lists, int parts);
+// plan.parts > 1 needs problem.workspace.
+void launch_select_tokens(const TokenSelectProblem& problem, const SelectTokensPlan& plan,
+                          void* stream);
+std::vector<KernelEntry> select_tokens_entries();
 
 }  // namespace attnsieve::sm80
 

@@ -53,6 +53,7 @@ std::vector<KernelEntry> kernel_table() {
 #endif
   append(table, "merge_states sm_80", sm80::merge_states_entries());
   append(table, "select_blocks sm_80", sm80::select_blocks_entries());
+  append(table, "select_tokens sm_80", sm80::select_tokens_entries());
   return table;
 }
 

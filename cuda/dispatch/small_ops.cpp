@@ -1,5 +1,6 @@
-// merge_states and select_blocks on CUDA; refusals of what has no kernel there.
+// merge_states, select_blocks and select_tokens on CUDA; refusals of what has no kernel there.
 #include "attnsieve/launch.h"
+#include "attnsieve/token_select.h"
 #include "cuda/dispatch/device.h"
 #include "cuda/dispatch/instantiations.h"
 
@@ -26,8 +27,17 @@ void append_kv(const AppendKvProblem&, void*) {
   throw Unsupported("append_kv has no CUDA kernel; supported: cpu");
 }
 
-void select_tokens(const TokenSelectProblem&, void*) {
-  throw Unsupported("select_topk and select_threshold have no CUDA kernels; supported: cpu");
+size_t select_tokens_workspace_bytes(const TokenSelectProblem& problem) {
+  const sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, current_device().num_sms);
+  return sm80::select_tokens_workspace_bytes(problem.batch * problem.seqlen_q * problem.num_lists,
+                                             plan.parts);
+}
+
+void select_tokens(const TokenSelectProblem& problem, void* stream) {
+  check_token_select(problem);
+  sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, current_device().num_sms);
+  if (problem.workspace == nullptr) plan.parts = 1;
+  sm80::launch_select_tokens(problem, plan, stream);
 }
 
 }  // namespace attnsieve::cuda

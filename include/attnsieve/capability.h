@@ -115,7 +115,9 @@ inline const std::vector<Capability>& capabilities() {
       {"select_blocks", Backend::kCpu, {DType::kFloat32}, {}, 0, kSelectFeatures},
       {"select_blocks", Backend::kSm80, {DType::kFloat32}, {}, 0, kSelectFeatures},
       {"select_topk", Backend::kCpu, {DType::kFloat32}, {}, 0, kTokenFeatures},
+      {"select_topk", Backend::kSm80, {DType::kFloat32}, {}, 0, kTokenFeatures},
       {"select_threshold", Backend::kCpu, {DType::kFloat32}, {}, 0, kTokenFeatures},
+      {"select_threshold", Backend::kSm80, {DType::kFloat32}, {}, 0, kTokenFeatures},
   };
   return table;
 }

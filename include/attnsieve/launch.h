@@ -43,6 +43,8 @@ void proxy_scores(const ProxyScoresProblem& problem, void* stream);
 void append_kv(const AppendKvProblem& problem, void* stream);
 void merge_states(const MergeProblem& problem, void* stream);
 void select_blocks(const SelectProblem& problem, void* stream);
+// Device memory that lets several thread blocks share a long list. Without it one owns each list.
+size_t select_tokens_workspace_bytes(const TokenSelectProblem& problem);
 void select_tokens(const TokenSelectProblem& problem, void* stream);
 }  // namespace cuda
 

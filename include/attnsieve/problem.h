@@ -262,6 +262,8 @@ struct TokenSelectProblem {
   // block_table tokens become slots page * pages.page_size + row, and pages, where page_size ==
   // pages.page_size, page ids; -1 where the table names no page.
   PagedKv pages;
+  // CUDA: cuda::select_tokens_workspace_bytes() of device memory, or none
+  void* workspace = nullptr;
 };
 
 }  // namespace attnsieve

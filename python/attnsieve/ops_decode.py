@@ -111,7 +111,7 @@ def select_topk(
     Args:
         scores: float32 ``[B, Hidx, N]``, or ``[B, Sq, Hidx, N]`` for a list per new query row; last
             dimension contiguous.
-        k: entries per list, any number on the CPU. Lists have room for k even where N is smaller.
+        k: entries per list, any number. Lists have room for k even where N is smaller.
         seq_lens: int32 ``[B]``, keys of each sequence, the new rows' included: the first
             ``ceil(keys / page_size)`` scores are candidates, clamped to ``[0, N]``. All N without.
         page_size: keys that one score stands for: 1 for tokens.

@@ -19,6 +19,7 @@ void proxy_scores(const ProxyScoresProblem&, void*) { refuse(); }
 void append_kv(const AppendKvProblem&, void*) { refuse(); }
 void merge_states(const MergeProblem&, void*) { refuse(); }
 void select_blocks(const SelectProblem&, void*) { refuse(); }
+size_t select_tokens_workspace_bytes(const TokenSelectProblem&) { refuse(); }
 void select_tokens(const TokenSelectProblem&, void*) { refuse(); }
 
 }  // namespace attnsieve::cuda

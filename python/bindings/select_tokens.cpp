@@ -104,6 +104,19 @@ Lists set_up(TokenSelectProblem* problem, const char* budget_name, const Tensor&
   return {indices, counts};
 }
 
+void run_select(TokenSelectProblem* problem, const Tensor& scores) {
+  std::optional<Tensor> workspace;
+  if (scores.is_cuda()) {
+    const DeviceScope scope(scores);
+    const size_t bytes = cuda::select_tokens_workspace_bytes(*problem);
+    if (bytes > 0) {
+      workspace = empty({static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8(), scores);
+      problem->workspace = workspace->mutable_data_ptr();
+    }
+  }
+  run<TokenSelectProblem>(scores, *problem, cpu::select_tokens, cuda::select_tokens);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const std::optional<Tensor>& seq_lens,
@@ -113,7 +126,7 @@ std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const std::optional
   TokenSelectProblem problem;
   const Lists lists = set_up(&problem, "k", scores, seq_lens, k, page_size, sink, recent, causal,
                              block_table, table_page_size, num_pages);
-  run<TokenSelectProblem>(scores, problem, cpu::select_tokens, cuda::select_tokens);
+  run_select(&problem, scores);
   return {lists.indices, lists.counts};
 }
 
@@ -144,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> select_threshold(
   const std::vector<int64_t> sizes(scores.sizes().begin(), scores.sizes().end() - 1);
   const Tensor passed = empty(sizes, aoti_torch_dtype_int32(), scores);
   problem.passed = passed.mutable_data_ptr<int32_t>();
-  run<TokenSelectProblem>(scores, problem, cpu::select_tokens, cuda::select_tokens);
+  run_select(&problem, scores);
   return {lists.indices, lists.counts, passed};
 }
 

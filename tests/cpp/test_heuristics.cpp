@@ -1,4 +1,5 @@
 // Host-side choices of the CUDA backend and the capability table they refuse by: no GPU involved.
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -193,6 +194,39 @@ void selection_threads() {
   CHECK(cuda::select_threads(int64_t{1} << 40) == 256);
 }
 
+void token_selection() {
+  for (int64_t lists : {0, 1, 2, 8, 65, 66, 67, 132, 1000, 1 << 20}) {
+    for (int64_t columns :
+         {0, 1, 4096, 4097, 49152, 49153, 65536, 131072, 131073, 1 << 20, INT32_MAX}) {
+      for (int num_sms : {1, 2, 20, 108, 132}) {
+        check::context = "plan_select_tokens: " + std::to_string(lists) + " x " +
+                         std::to_string(columns) + " on " + std::to_string(num_sms);
+        TokenSelectProblem problem;
+        problem.batch = lists;
+        problem.num_lists = 1;
+        problem.columns = columns;
+        const sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, num_sms);
+        CHECK(plan.threads == 256 || plan.threads == 512 || plan.threads == 1024);
+        CHECK(plan.parts >= 1);
+        // Lists that fill the GPU are not split, nor those that one CTA selects from in a moment.
+        CHECK(plan.parts == 1 || (2 * lists <= num_sms && columns > 32768));
+        // Every part fits a CTA.
+        CHECK(plan.parts == 1 || (columns + plan.parts - 1) / plan.parts <= 16384);
+        // The same for any way of counting lists: batch neighbours are lists too.
+        problem.batch = 1;
+        problem.num_lists = lists;
+        const sm80::SelectTokensPlan again = sm80::plan_select_tokens(problem, num_sms);
+        CHECK(again.threads == plan.threads && again.parts == plan.parts);
+      }
+    }
+  }
+  check::context = "plan_select_tokens: one long list uses the whole GPU";
+  TokenSelectProblem problem;
+  problem.batch = problem.num_lists = 1;
+  problem.columns = 1 << 20;
+  CHECK(sm80::plan_select_tokens(problem, 132).parts >= 132);
+}
+
 void table() {
   for (const Capability& row : capabilities()) {
     check::context = std::string(row.op) + " on " + backend_name(row.backend);
@@ -238,6 +272,7 @@ int main() {
   plans();
   first_rows();
   selection_threads();
+  token_selection();
   table();
   return check::finish();
 }

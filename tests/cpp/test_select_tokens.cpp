@@ -193,6 +193,7 @@ void test_refusals() {
   CHECK(refused([](TokenSelectProblem& p) { p.recent = -1; }));
   CHECK(refused([](TokenSelectProblem& p) { p.page_size = 0; }));
   CHECK(refused([](TokenSelectProblem& p) { p.columns = -1; }));
+  CHECK(refused([](TokenSelectProblem& p) { p.columns = int64_t{1} << 31; }));
 }
 
 }  // namespace

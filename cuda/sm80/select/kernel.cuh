@@ -12,19 +12,13 @@
 #include "attnsieve/problem.h"
 #include "attnsieve/visibility.h"
 #include "cuda/common/numeric.cuh"
+#include "cuda/common/score_order.cuh"
 
 namespace attnsieve::sm80 {
 
 inline constexpr int kDigitBits = 8;
 inline constexpr int kBins = 1 << kDigitBits;
 inline constexpr double kMassOne = 4294967296.0;  // fixed point of a softmax weight of 1
-
-// Monotone map of scores to integers: NaN below -inf, -0 equal to +0.
-__device__ __forceinline__ uint32_t ordered_key(float score) {
-  if (score != score) return 0;
-  const uint32_t bits = __float_as_uint(score + 0.0f);
-  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
 
 // What a prefix of the ranking must reach.
 struct Target {
@@ -98,7 +92,7 @@ class RowSelector {
   template <class F>
   __device__ void for_each(F&& f) const {
     for (int column = begin_ + threadIdx.x; column < end_; column += blockDim.x) {
-      f(column, is_forced(column), ordered_key(scores_[column]));
+      f(column, is_forced(column), score_order(scores_[column]));
     }
   }
 
@@ -250,7 +244,7 @@ class RowSelector {
       bool keep = false;
       bool tie = false;
       if (column < end_) {
-        const uint32_t key = ordered_key(scores_[column]);
+        const uint32_t key = score_order(scores_[column]);
         keep = is_forced(column) || key > threshold;
         tie = !keep && key == threshold;
       }

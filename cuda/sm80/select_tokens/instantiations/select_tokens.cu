@@ -1,0 +1,77 @@
+#include "cuda/common/launch.cuh"
+#include "cuda/dispatch/instantiations.h"
+#include "cuda/sm80/select_tokens/kernel.cuh"
+#include "cuda/sm80/select_tokens/split.cuh"
+
+namespace attnsieve::sm80 {
+namespace {
+
+constexpr const char* kName = "select_tokens";
+
+// Parts of the workspace, one behind the other; the first two are zeroed.
+struct WorkspaceBytes {
+  size_t states;
+  size_t counts;
+  size_t orders;
+
+  WorkspaceBytes(int64_t lists, int parts)
+      : states(lists * sizeof(SplitState)),
+        counts(lists * parts * sizeof(uint32_t)),
+        orders(lists * SplitList::Counter::kListCapacity * sizeof(uint32_t)) {}
+};
+
+template <int kThreads>
+void launch_whole(const TokenSelectProblem& problem, int64_t lists, void* stream) {
+  launch<select_tokens_kernel<kThreads>>(kName, lists, kThreads, 0, stream, problem);
+}
+
+void launch_split(const TokenSelectProblem& problem, int64_t lists, int parts, void* stream) {
+  const WorkspaceBytes bytes(lists, parts);
+  char* const workspace = static_cast<char*>(problem.workspace);
+  check_cuda(
+      cudaMemsetAsync(workspace, 0, bytes.states + bytes.counts, static_cast<cudaStream_t>(stream)),
+      "select_tokens: zero the workspace");
+  SplitArguments arguments;
+  arguments.problem = problem;
+  arguments.states = reinterpret_cast<SplitState*>(workspace);
+  arguments.counts = reinterpret_cast<uint32_t*>(workspace + bytes.states);
+  arguments.orders = reinterpret_cast<uint32_t*>(workspace + bytes.states + bytes.counts);
+  arguments.parts = static_cast<uint32_t>(parts);
+  for (arguments.digit = 0; arguments.digit < kScoreDigits; ++arguments.digit) {
+    launch<select_tokens_digit_kernel>(kName, lists * parts, kSplitThreads, 0, stream, arguments);
+  }
+  launch<select_tokens_write_kernel>(kName, lists * parts, kSplitThreads, 0, stream, arguments);
+}
+
+}  // namespace
+
+size_t select_tokens_workspace_bytes(int64_t lists, int parts) {
+  if (parts == 1) return 0;
+  const WorkspaceBytes bytes(lists, parts);
+  return bytes.states + bytes.counts + bytes.orders;
+}
+
+void launch_select_tokens(const TokenSelectProblem& problem, const SelectTokensPlan& plan,
+                          void* stream) {
+  const int64_t lists = problem.batch * problem.seqlen_q * problem.num_lists;
+  if (lists == 0) return;
+  if (plan.parts > 1) return launch_split(problem, lists, plan.parts, stream);
+  switch (plan.threads) {
+    case 256: return launch_whole<256>(problem, lists, stream);
+    case 512: return launch_whole<512>(problem, lists, stream);
+    default: return launch_whole<1024>(problem, lists, stream);
+  }
+}
+
+std::vector<KernelEntry> select_tokens_entries() {
+  const auto entry = [](const char* name, auto* kernel, int threads) {
+    return KernelEntry{name, reinterpret_cast<const void*>(kernel), threads, 0};
+  };
+  return {entry("256 threads a list", &select_tokens_kernel<256>, 256),
+          entry("512 threads a list", &select_tokens_kernel<512>, 512),
+          entry("1024 threads a list", &select_tokens_kernel<1024>, 1024),
+          entry("digit of a split list", &select_tokens_digit_kernel, kSplitThreads),
+          entry("write a split list", &select_tokens_write_kernel, kSplitThreads)};
+}
+
+}  // namespace attnsieve::sm80

@@ -1,0 +1,72 @@
+// One list of scores as a CTA sees it, and the sweep over its candidates.
+#pragma once
+
+#include "attnsieve/token_select.h"
+#include "cuda/common/numeric.cuh"
+#include "cuda/common/score_order.cuh"
+
+namespace attnsieve::sm80 {
+
+inline constexpr uint32_t kNoOrder = 0xffffffffu;  // above the order of every score
+inline constexpr unsigned kWholeWarp = 0xffffffffu;
+
+struct ScoreList {
+  const TokenSelectProblem& problem;
+  const float* scores;
+  int64_t batch;
+  int64_t flat;  // among all lists
+  TokenCandidates candidates;
+  uint32_t limit;  // threshold rule: orders above it pass
+
+  __device__ ScoreList(const TokenSelectProblem& p, uint32_t list_of_all)
+      : problem(p), flat(list_of_all) {
+    const uint32_t num_lists = static_cast<uint32_t>(p.num_lists);
+    const uint32_t rows = static_cast<uint32_t>(p.seqlen_q);
+    const uint32_t list = list_of_all % num_lists;
+    const uint32_t row = list_of_all / num_lists % rows;
+    batch = list_of_all / num_lists / rows;
+    scores = p.scores + batch * p.scores_stride_batch + row * p.scores_stride_row +
+             list * p.scores_stride_head;
+    candidates = token_candidates(p, batch, row);
+    limit = kNoOrder;
+    if (!has_threshold()) return;
+    const float threshold = token_threshold(p, batch, list);
+    if (threshold == threshold) limit = score_order(threshold);  // nothing passes NaN
+  }
+
+  __device__ bool has_threshold() const { return problem.rule == TokenRule::kThreshold; }
+
+  // Entries beside the forced ones.
+  __device__ uint32_t room() const {
+    return static_cast<uint32_t>(problem.capacity - candidates.forced());
+  }
+
+  __device__ void write(uint32_t slot, uint32_t position) const {
+    problem.indices[flat * problem.capacity + slot] = token_entry(problem, batch, position);
+  }
+};
+
+// f(position, inside, order) for the words of 32 positions `first`, first + step, ... that begin
+// below `end`: called by whole warps, a lane for each position. Nothing outside [begin, end) is read.
+template <class F>
+__device__ __forceinline__ void for_each_word(const float* scores, uint32_t begin, uint32_t end,
+                                              uint32_t first, uint32_t step, F&& f) {
+  constexpr int kWordsInFlight = 8;
+  const uint32_t lane = threadIdx.x % kWarpThreads;
+  for (uint32_t word = first; word * kWarpThreads < end; word += kWordsInFlight * step) {
+    float score[kWordsInFlight];
+#pragma unroll
+    for (int i = 0; i < kWordsInFlight; ++i) {
+      const uint32_t position = (word + i * step) * kWarpThreads + lane;
+      const bool inside = position >= begin && position < end;
+      score[i] = inside ? __ldg(scores + position) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kWordsInFlight; ++i) {
+      const uint32_t position = (word + i * step) * kWarpThreads + lane;
+      f(position, position >= begin && position < end, score_order(score[i]));
+    }
+  }
+}
+
+}  // namespace attnsieve::sm80
