@@ -71,7 +71,7 @@ __device__ int find_share(const DecodeArguments& a, Storage& smem) {
 }
 
 template <class Element, int kHeadDim, int kColumnTiles>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, cuda::kDecodeCtasPerSm)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
   extern __shared__ __align__(128) unsigned char shared_memory[];
   auto& smem = *reinterpret_cast<DecodeStorage<Element, kHeadDim, kColumnTiles>*>(shared_memory);

@@ -116,9 +116,10 @@ class DecodeWarp {
     return tile * kTileColumns + lane_ % 4 * 2 + half;
   }
 
-  // The last position that a column sees; -1 for columns beyond the item's.
+  static constexpr int kNoColumn = -0x7fffffff - 1;
+  // The last position that a column sees; negative where it sees none.
   __device__ int limit_of(int column) const {
-    if (column >= item_.heads * a_.plan.rows) return -1;
+    if (column >= item_.heads * a_.plan.rows) return kNoColumn;
     if (!a_.problem.causal) return KeyPlace::kNowhere - 1;
     const int row = item_.row + column / item_.heads;
     return static_cast<int>(walk_.length() - a_.problem.seqlen_q) + row;
@@ -207,7 +208,7 @@ class DecodeWarp {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool sees = positions[i / 2] <= limit_[2 * tile + i % 2];
-        mixed |= !sees && positions[i / 2] != KeyPlace::kNowhere && limit_[2 * tile + i % 2] >= 0;
+        mixed |= !sees && positions[i / 2] != KeyPlace::kNowhere && limit_[2 * tile + i % 2] != kNoColumn;
         if (!sees) scores[tile][i] = negative_infinity();
       }
     }
