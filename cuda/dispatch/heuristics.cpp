@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 namespace attnsieve::cuda {
 
@@ -33,48 +32,6 @@ Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& de
 int select_threads(int64_t num_k_blocks) {
   if (num_k_blocks <= 64) return 64;
   return num_k_blocks <= 128 ? 128 : 256;
-}
-
-DecodePlan plan_decode(const DecodeProblem& problem) {
-  constexpr int kMaxColumns = 16;  // two MMA tiles: more would not leave room for the output
-  constexpr int64_t kChunkUnit = 128;  // two tiles of 16 keys for each of four warps
-  constexpr int64_t kMaxChunks = 64;
-  DecodePlan plan;
-  plan.rows = problem.index.per_row() ? 1 : static_cast<int>(problem.seqlen_q);
-  plan.group_size = static_cast<int>(problem.num_heads / problem.num_kv_heads);
-  plan.shared_heads = problem.index.given()
-                          ? std::min(plan.group_size, problem.index.heads_per_list)
-                          : plan.group_size;
-  plan.heads = std::min(plan.shared_heads, kMaxColumns / plan.rows);
-  plan.columns = plan.heads * plan.rows;
-  plan.items_per_group = (plan.shared_heads + plan.heads - 1) / plan.heads;
-  const int64_t per_row = problem.num_heads / plan.shared_heads * plan.items_per_group;
-  const int64_t per_batch = per_row * (problem.seqlen_q / plan.rows);
-  if (problem.batch * per_batch > std::numeric_limits<int>::max() / kMaxChunks) {
-    throw InvalidArgument("decode: the problem has " + std::to_string(problem.batch * per_batch) +
-                          " work items, more than 32 bits count");
-  }
-  plan.items_per_row = static_cast<int>(per_row);
-  plan.items_per_batch = static_cast<int>(per_batch);
-  plan.items = static_cast<int>(problem.batch * per_batch);
-  int64_t slots = problem.seqlen_k;
-  if (problem.index.given()) {
-    slots = problem.index.capacity * problem.index.page_size;
-    // A range that begins where only the device knows may be as long as the cache.
-    slots += problem.dense_begin != nullptr ? problem.seqlen_k
-                                            : std::min(problem.recent, problem.seqlen_k);
-  }
-  const int64_t units = std::max<int64_t>(1, (slots + kChunkUnit - 1) / kChunkUnit);
-  plan.chunk_keys = (units + kMaxChunks - 1) / kMaxChunks * kChunkUnit;
-  plan.max_chunks =
-      static_cast<int>(std::max<int64_t>(1, (slots + plan.chunk_keys - 1) / plan.chunk_keys));
-  return plan;
-}
-
-std::string DecodePlan::to_string() const {
-  return std::to_string(items) + " items of up to " + std::to_string(rows) + " rows x " +
-         std::to_string(heads) + " heads, chunks of " + std::to_string(chunk_keys) +
-         " keys, at most " + std::to_string(max_chunks);
 }
 
 }  // namespace attnsieve::cuda

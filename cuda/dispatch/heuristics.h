@@ -23,29 +23,6 @@ Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& de
 // Threads of a row-selection CTA: enough to cover the row, at most 256.
 int select_threads(int64_t num_k_blocks);
 
-inline constexpr int kDecodeCtasPerSm = 3;
-
-// How the decode kernel cuts a problem: query vectors with the same keys into items, the keys of an
-// item into chunks. Depends on capacities alone, so that results do not depend on what else runs.
-struct DecodePlan {
-  int rows = 0;  // new rows of an item: all of them, or one where every row has its own list
-  int shared_heads = 0;  // query heads with one KV head and one list
-  int heads = 0;  // query heads of an item, at most
-  int columns = 0;  // query vectors of an item, at most: rows * heads
-  int group_size = 0;  // query heads of a KV head
-  int items_per_group = 0;  // of shared_heads heads
-  int items_per_row = 0;
-  int items_per_batch = 0;
-  int items = 0;
-  int64_t chunk_keys = 0;
-  int max_chunks = 0;  // of an item
-
-  std::string to_string() const;
-};
-
-// Throws InvalidArgument where the items exceed what 32 bits count.
-DecodePlan plan_decode(const DecodeProblem& problem);
-
 }  // namespace attnsieve::cuda
 
 namespace attnsieve::sm80 {

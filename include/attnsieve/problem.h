@@ -99,6 +99,14 @@ struct DecodeProblem {
   const int32_t* dense_begin = nullptr;  // [B]
   int64_t recent = 0;
   const float* sink = nullptr;  // float32 [Hq]
+  // Of the caches: kNone, or kFloat8E4m3 with k = code * k_scale[kv head], v alike. kNone: nullptr.
+  Code code = Code::kNone;
+  const float* k_scale = nullptr;  // float32 [Hkv]
+  const float* v_scale = nullptr;
+  // CUDA: parts of at most ceil(keys / num_splits) keys that a list is cut into; 0: the library
+  // chooses. The CPU computes a list in one piece.
+  int32_t num_splits = 0;
+  void* workspace = nullptr;  // CUDA: cuda::decode_workspace_bytes() of device memory
 };
 
 enum class ProxyElement : int32_t {

@@ -5,29 +5,29 @@
 //                 number of slots; the chunks of all items, laid end to end, are dealt out evenly to
 //                 the CTAs. In a chunk the warps take tiles of 16 keys in turn, each with a
 //                 pipeline of its own.
-// Shared memory   kDecodeStages tiles of K and V a warp; then the warps' results.
+// Shared memory   kDecodeStages tiles of K and V a warp; then the warps' results, then the weights of
+//                 chunks.
 // Pipeline        A warp waits for its own copies only; two block barriers a chunk.
 // Invariants      A chunk's bounds depend on its own item and on capacities; chunks are merged in
 //                 their order by the CTA that arrives last: the same bits whatever else is in the
 //                 batch, and however many CTAs there are.
-// Not handled     fp8 caches, head_dim beyond 128.
+// Not handled     head_dim beyond 128.
 #pragma once
 
-#include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/sm80/decode/merge.cuh"
 
 namespace attnsieve::sm80 {
 
-template <class Element, int kHeadDim, int kColumnTiles>
+template <class Config>
 struct DecodeStorage {
-  typename DecodeConfig<Element, kHeadDim, kColumnTiles>::WarpStorage warps[kDecodeWarps];
   union {
-    typename cub::BlockReduce<int, kDecodeThreads>::TempStorage reduce;
+    typename Config::WarpStorage warps[kDecodeWarps];
+    ChunkWeights<Config> weights;
     typename cub::BlockScan<int, kDecodeThreads>::TempStorage scan;
   };
-  int total;
+  DecodeTask task;
   int item;
   int chunk;
   bool last;
@@ -35,82 +35,90 @@ struct DecodeStorage {
 
 // The first (item, chunk) of this CTA's share, and how many it has. Item counts differ by what only
 // the device knows, so every CTA adds them up.
-template <class Storage>
-__device__ int find_share(const DecodeArguments& a, Storage& smem) {
-  const auto chunks = [&](int item) {
-    if (item >= a.plan.items) return 0;
-    const DecodeItem located = locate_item(a, item);
-    return chunks_of(a, DecodeWalk(a, located));
+template <class Config>
+__device__ int find_share(const DecodeArguments& a, DecodeStorage<Config>& smem) {
+  using Scan = cub::BlockScan<int, kDecodeThreads>;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int items = a.plan.items;
+  // Chunks of the kDecodeThreads items from `base` on: this thread's, before it, of all.
+  struct Part {
+    int own;
+    int before;
+    int all;
   };
-  int sum = 0;
-  for (int item = threadIdx.x; item < a.plan.items; item += kDecodeThreads) sum += chunks(item);
-  sum = cub::BlockReduce<int, kDecodeThreads>(smem.reduce).Sum(sum);
-  if (threadIdx.x == 0) smem.total = sum;
-  __syncthreads();
-  const int total = smem.total;
+  const auto part_of = [&](int base) {
+    Part part{0, 0, 0};
+    if (base + thread < items) part.own = make_task(a, base + thread).chunks(a.plan);
+    __syncthreads();
+    Scan(smem.scan).ExclusiveSum(part.own, part.before, part.all);
+    return part;
+  };
+  Part part = part_of(0);
+  int total = part.all;
+  for (int base = kDecodeThreads; base < items; base += kDecodeThreads) total += part_of(base).all;
   const int ctas = static_cast<int>(gridDim.x);
   const int share = (total + ctas - 1) / ctas;
-  const int begin = static_cast<int>(min(static_cast<int64_t>(blockIdx.x) * share,
-                                         static_cast<int64_t>(total)));
+  const int begin = static_cast<int>(blockIdx.x) * share;
+  if (begin >= total) return 0;
   int passed = 0;
-  for (int base = 0; base < a.plan.items; base += kDecodeThreads) {
-    const int own = chunks(base + static_cast<int>(threadIdx.x));
-    int before = 0;
-    int tile_total = 0;
-    cub::BlockScan<int, kDecodeThreads>(smem.scan).ExclusiveSum(own, before, tile_total);
-    before += passed;
-    if (begin >= before && begin < before + own) {
-      smem.item = base + static_cast<int>(threadIdx.x);
+  for (int base = 0;; base += kDecodeThreads) {
+    if (base > 0 || items > kDecodeThreads) part = part_of(base);
+    const int before = passed + part.before;
+    if (begin >= before && begin < before + part.own) {
+      smem.item = base + thread;
       smem.chunk = begin - before;
     }
-    passed += tile_total;
-    __syncthreads();
+    passed += part.all;
     if (begin < passed) break;
   }
+  __syncthreads();
   return min(share, total - begin);
 }
 
-template <class Element, int kHeadDim, int kColumnTiles>
-__global__ void __launch_bounds__(kDecodeThreads, cuda::kDecodeCtasPerSm)
+template <class Types, int kHeadDim, int kColumnTiles>
+__global__ void
+__launch_bounds__(kDecodeThreads, DecodeConfig<Types, kHeadDim, kColumnTiles>::kCtasPerSm)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
+  using Config = DecodeConfig<Types, kHeadDim, kColumnTiles>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
-  auto& smem = *reinterpret_cast<DecodeStorage<Element, kHeadDim, kColumnTiles>*>(shared_memory);
+  auto& smem = *reinterpret_cast<DecodeStorage<Config>*>(shared_memory);
   const int warp_index = static_cast<int>(threadIdx.x) / kWarpThreads;
   const int share = find_share(a, smem);
-  int item_index = smem.item;
+  if (share == 0) return;
+  int item = smem.item;
   int chunk = smem.chunk;
+  bool new_item = true;
   for (int i = 0; i < share; ++i) {
-    const DecodeItem item = locate_item(a, item_index);
-    const DecodeWalk walk(a, item);
-    const int chunks = chunks_of(a, walk);
-    const int64_t begin = chunk * a.plan.chunk_keys;
-    const int64_t end =
-        chunk + 1 == chunks ? walk.slots() : min(walk.slots(), begin + a.plan.chunk_keys);
+    if (new_item && threadIdx.x == 0) smem.task = make_task(a, item);
+    __syncthreads();
+    const DecodeTask& task = smem.task;
+    const int chunks = task.chunks(a.plan);
+    const int begin = chunk * a.plan.chunk_keys;
     {
-      DecodeWarp<Element, kHeadDim, kColumnTiles> warp(a, item, walk, smem.warps[warp_index]);
-      warp.run(begin, end);
+      DecodeWarp<Config> warp(a, task, smem.warps[warp_index]);
+      warp.run(begin, min(task.slots, begin + a.plan.chunk_keys));
       publish(warp, smem.warps[warp_index]);
     }
     __syncthreads();
-    const int64_t first_slot = static_cast<int64_t>(item_index) * a.plan.max_chunks;
-    merge_warps<Element, kHeadDim, kColumnTiles>(a, item, first_slot + chunk, chunks == 1,
-                                                 smem.warps);
+    const int64_t first_slot = static_cast<int64_t>(item) * a.plan.max_chunks;
+    merge_warps<Config>(a, task.item, first_slot + chunk, chunks == 1, smem.warps);
     if (chunks > 1) {
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
-        smem.last = atomicAdd(a.arrivals + item_index, 1u) == static_cast<unsigned>(chunks) - 1;
+        smem.last = atomicAdd(a.arrivals + item, 1u) == static_cast<unsigned>(chunks) - 1;
       }
       __syncthreads();
       if (smem.last) {
         __threadfence();
-        merge_chunks<Element, kHeadDim>(a, item, first_slot, chunks);
+        merge_chunks<Config>(a, task.item, first_slot, chunks, smem.weights);
       }
     }
     __syncthreads();
-    if (++chunk == chunks) {
+    new_item = ++chunk == chunks;
+    if (new_item) {
       chunk = 0;
-      ++item_index;
+      ++item;
     }
   }
 }

@@ -1,4 +1,4 @@
-// Host side of one (element, head_dim).
+// Host side of one (element, stored element, head_dim).
 #pragma once
 
 #include <algorithm>
@@ -9,30 +9,33 @@
 
 namespace attnsieve::sm80 {
 
-template <class Element, int kHeadDim, int kColumnTiles>
+template <class Types, int kHeadDim, int kColumnTiles>
 void launch_decode_kernel(const DecodeArguments& arguments, int num_sms, void* stream) {
-  using Storage = DecodeStorage<Element, kHeadDim, kColumnTiles>;
-  const int64_t most = static_cast<int64_t>(arguments.plan.items) * arguments.plan.max_chunks;
-  const int64_t ctas = std::min<int64_t>(most, num_sms * cuda::kDecodeCtasPerSm);
-  launch<decode_kernel<Element, kHeadDim, kColumnTiles>>("decode", ctas, kDecodeThreads,
-                                                         sizeof(Storage), stream, arguments);
+  using Config = DecodeConfig<Types, kHeadDim, kColumnTiles>;
+  using Storage = DecodeStorage<Config>;
+  const int64_t chunks = int64_t{arguments.plan.items} * arguments.plan.max_chunks;
+  const int64_t ctas = std::min<int64_t>(chunks, num_sms * Config::kCtasPerSm);
+  launch<decode_kernel<Types, kHeadDim, kColumnTiles>>("decode", ctas, kDecodeThreads,
+                                                       sizeof(Storage), stream, arguments);
 }
 
-template <class Element, int kHeadDim>
+template <class Element, class Stored, int kHeadDim>
 void launch_decode(const DecodeArguments& arguments, int num_sms, void* stream) {
+  using Types = DecodeTypes<Element, Stored>;
   if (arguments.plan.columns <= kTileColumns) {
-    launch_decode_kernel<Element, kHeadDim, 1>(arguments, num_sms, stream);
+    launch_decode_kernel<Types, kHeadDim, 1>(arguments, num_sms, stream);
   } else {
-    launch_decode_kernel<Element, kHeadDim, 2>(arguments, num_sms, stream);
+    launch_decode_kernel<Types, kHeadDim, 2>(arguments, num_sms, stream);
   }
 }
 
-template <class Element, int kHeadDim>
+template <class Element, class Stored, int kHeadDim>
 std::vector<KernelEntry> decode_entries() {
-  return {{"8 columns", reinterpret_cast<const void*>(decode_kernel<Element, kHeadDim, 1>),
-           kDecodeThreads, sizeof(DecodeStorage<Element, kHeadDim, 1>)},
-          {"16 columns", reinterpret_cast<const void*>(decode_kernel<Element, kHeadDim, 2>),
-           kDecodeThreads, sizeof(DecodeStorage<Element, kHeadDim, 2>)}};
+  using Types = DecodeTypes<Element, Stored>;
+  return {{"8 columns", reinterpret_cast<const void*>(decode_kernel<Types, kHeadDim, 1>),
+           kDecodeThreads, sizeof(DecodeStorage<DecodeConfig<Types, kHeadDim, 1>>)},
+          {"16 columns", reinterpret_cast<const void*>(decode_kernel<Types, kHeadDim, 2>),
+           kDecodeThreads, sizeof(DecodeStorage<DecodeConfig<Types, kHeadDim, 2>>)}};
 }
 
 }  // namespace attnsieve::sm80

@@ -7,12 +7,15 @@
 
 namespace attnsieve::sm80 {
 
+// Query vectors that share their keys: column c is new row `row` + c / heads of query head
+// `head` + c % heads.
 struct DecodeItem {
   int batch;
-  int head;  // the first of `heads`
+  int head;
   int heads;
-  int row;  // the first of plan.rows
+  int row;
   int kv_head;
+  int columns;
 };
 
 __device__ __forceinline__ DecodeItem locate_item(const DecodeArguments& a, int item) {
@@ -26,88 +29,99 @@ __device__ __forceinline__ DecodeItem locate_item(const DecodeArguments& a, int 
   found.head = in_row / plan.items_per_group * plan.shared_heads + first;
   found.heads = min(plan.heads, plan.shared_heads - first);
   found.kv_head = found.head / plan.group_size;
+  found.columns = found.heads * plan.rows;
   return found;
 }
 
 // Where a key lies in K and V, and its position in the sequence.
 struct KeyPlace {
   static constexpr int kNowhere = 0x7fffffff;  // position of a slot without key
+  static constexpr int kAnywhere = -0x7fffffff;  // of a key that every column sees
   int outer;  // batch or page
   int row;
   int position;
 };
 
-class DecodeWalk {
- public:
-  __device__ DecodeWalk(const DecodeArguments& a, const DecodeItem& item)
-      : problem_(a.problem), batch_(item.batch) {
-    const DecodeProblem& p = a.problem;
-    length_ = p.seqlen_k;
-    if (p.paged.seq_lens != nullptr) {
-      length_ = max(int64_t{0}, min(static_cast<int64_t>(p.paged.seq_lens[batch_]), length_));
-    }
-    dense_begin_ = p.index.given() ? length_ : 0;
-    if (p.dense_begin != nullptr) {
-      const auto begin = static_cast<int64_t>(p.dense_begin[batch_]);
-      dense_begin_ = min(dense_begin_, max(int64_t{0}, begin));
-    }
-    if (p.recent > 0) dense_begin_ = min(dense_begin_, max(int64_t{0}, length_ - p.recent));
-    list_slots_ = 0;
-    if (!p.index.given()) return;
+// An item and what it visits. One copy a CTA, in shared memory.
+struct DecodeTask {
+  DecodeItem item;
+  int length;  // keys of the sequence
+  int dense_begin;  // keys from here on are attended whatever the list says
+  int list_slots;
+  int slots;
+  const int32_t* entries;
+  const int32_t* table;  // the sequence's row of the page table
+
+  __device__ int chunks(const cuda::DecodePlan& plan) const {
+    // At least one: an item without keys has a result as well.
+    return max(1, (slots + plan.chunk_keys - 1) / plan.chunk_keys);
+  }
+};
+
+__device__ __forceinline__ DecodeTask make_task(const DecodeArguments& a, int item_index) {
+  const DecodeProblem& p = a.problem;
+  DecodeTask task;
+  task.item = locate_item(a, item_index);
+  const DecodeItem& item = task.item;
+  const int capacity = static_cast<int>(p.seqlen_k);
+  task.length = capacity;
+  if (p.paged.seq_lens != nullptr) task.length = max(0, min(p.paged.seq_lens[item.batch], capacity));
+  task.dense_begin = p.index.given() ? task.length : 0;
+  if (p.dense_begin != nullptr) {
+    task.dense_begin = min(task.dense_begin, max(0, p.dense_begin[item.batch]));
+  }
+  if (p.recent > 0) {
+    task.dense_begin =
+        min(task.dense_begin, static_cast<int>(max(int64_t{0}, task.length - p.recent)));
+  }
+  task.list_slots = 0;
+  task.entries = nullptr;
+  if (p.index.given()) {
     const TokenIndexView& index = p.index;
     const int list = item.head / index.heads_per_list;
     int count = index.capacity;
     if (index.counts != nullptr) {
-      count = min(count, index.counts[batch_ * index.counts_stride_batch +
+      count = min(count, index.counts[item.batch * index.counts_stride_batch +
                                       item.row * index.counts_stride_row +
                                       list * index.counts_stride_head]);
     }
-    list_slots_ = max(count, 0) * index.page_size;
-    entries_ = index.indices + batch_ * index.indices_stride_batch +
-               item.row * index.indices_stride_row + list * index.indices_stride_head;
+    task.list_slots = max(count, 0) * static_cast<int>(index.page_size);
+    task.entries = index.indices + item.batch * index.indices_stride_batch +
+                   item.row * index.indices_stride_row + list * index.indices_stride_head;
   }
+  task.slots = task.list_slots + task.length - task.dense_begin;
+  task.table = p.paged.block_table;
+  if (task.table != nullptr) task.table += item.batch * p.paged.table_stride_batch;
+  return task;
+}
 
-  __device__ int64_t length() const { return length_; }
-  __device__ int64_t slots() const { return list_slots_ + length_ - dense_begin_; }
-
-  __device__ KeyPlace at(int64_t slot) const {
-    const PagedKv& paged = problem_.paged;
-    constexpr KeyPlace kNone{0, 0, KeyPlace::kNowhere};
-    int64_t position = dense_begin_ + slot - list_slots_;
-    if (slot < list_slots_) {
-      const int64_t unit = problem_.index.page_size;
-      const int64_t entry = entries_[unit == 1 ? slot : slot / unit];
-      if (entry < 0) return kNone;
-      if (problem_.index.physical) {
-        const int64_t page = entry / paged.page_size;
-        if (page >= paged.num_pages) return kNone;
-        return {static_cast<int>(page), static_cast<int>(entry % paged.page_size), 0};
-      }
-      position = unit == 1 ? entry : entry * unit + slot % unit;
-      if (position >= dense_begin_) return kNone;
+__device__ __forceinline__ KeyPlace place_of(const DecodeArguments& a, const DecodeTask& task,
+                                             int slot) {
+  const PagedKv& paged = a.problem.paged;
+  constexpr KeyPlace kNone{0, 0, KeyPlace::kNowhere};
+  int position = task.dense_begin + slot - task.list_slots;
+  if (slot < task.list_slots) {
+    int in_list = slot;
+    int in_entry = 0;
+    a.index_page(in_list, in_entry, slot);
+    const int entry = task.entries[in_list];
+    if (entry < 0) return kNone;
+    if (a.problem.index.physical) {
+      int page = 0;
+      int row = 0;
+      a.cache_page(page, row, entry);
+      return page < paged.num_pages ? KeyPlace{page, row, KeyPlace::kAnywhere} : kNone;
     }
-    if (paged.block_table == nullptr) {
-      return {batch_, static_cast<int>(position), static_cast<int>(position)};
-    }
-    const int page =
-        paged.block_table[batch_ * paged.table_stride_batch + position / paged.page_size];
-    if (page < 0 || page >= paged.num_pages) return kNone;
-    return {page, static_cast<int>(position % paged.page_size), static_cast<int>(position)};
+    const int64_t key = static_cast<int64_t>(entry) * a.index_page.divisor + in_entry;
+    if (key >= task.dense_begin) return kNone;
+    position = static_cast<int>(key);
   }
-
- private:
-  const DecodeProblem& problem_;
-  const int32_t* entries_ = nullptr;
-  int64_t length_;
-  int64_t dense_begin_;  // keys from here on are attended whatever the list says
-  int64_t list_slots_;
-  int batch_;
-};
-
-// Chunks of an item. At least one: an item without keys has a result as well.
-__device__ __forceinline__ int chunks_of(const DecodeArguments& a, const DecodeWalk& walk) {
-  const int64_t chunks = (walk.slots() + a.plan.chunk_keys - 1) / a.plan.chunk_keys;
-  return static_cast<int>(min(max(chunks, int64_t{1}), int64_t{a.plan.max_chunks}));
+  if (task.table == nullptr) return {task.item.batch, position, position};
+  int entry = 0;
+  int row = 0;
+  a.cache_page(entry, row, position);
+  const int page = task.table[entry];
+  return page >= 0 && page < paged.num_pages ? KeyPlace{page, row, position} : kNone;
 }
 
 }  // namespace attnsieve::sm80

@@ -1,6 +1,6 @@
 #include "cuda/sm80/decode/launch.cuh"
 
 namespace attnsieve::sm80 {
-template void launch_decode<cute::half_t, 64>(const DecodeArguments&, int, void*);
-template std::vector<KernelEntry> decode_entries<cute::half_t, 64>();
+template void launch_decode<cute::half_t, cute::half_t, 64>(const DecodeArguments&, int, void*);
+template std::vector<KernelEntry> decode_entries<cute::half_t, cute::half_t, 64>();
 }  // namespace attnsieve::sm80

@@ -1,0 +1,63 @@
+#include "cuda/dispatch/plan_decode.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "attnsieve/status.h"
+
+namespace attnsieve::cuda {
+
+DecodePlan plan_decode(const DecodeProblem& problem) {
+  constexpr int kMaxColumns = 16;  // two MMA tiles: more would not leave room for the output
+  constexpr int64_t kTileKeys = 16;
+  constexpr int64_t kChunkUnit = 128;  // two tiles for each of four warps
+  constexpr int64_t kMaxCount = std::numeric_limits<int>::max() / kMaxDecodeChunks;
+  DecodePlan plan;
+  plan.rows = problem.index.per_row() ? 1 : static_cast<int>(problem.seqlen_q);
+  plan.group_size = static_cast<int>(problem.num_heads / problem.num_kv_heads);
+  plan.shared_heads = problem.index.given()
+                          ? std::min(plan.group_size, problem.index.heads_per_list)
+                          : plan.group_size;
+  plan.heads = std::min(plan.shared_heads, kMaxColumns / plan.rows);
+  plan.columns = plan.heads * plan.rows;
+  plan.items_per_group = (plan.shared_heads + plan.heads - 1) / plan.heads;
+  const int64_t per_row = problem.num_heads / plan.shared_heads * plan.items_per_group;
+  const int64_t per_batch = per_row * (problem.seqlen_q / plan.rows);
+  if (problem.batch * per_batch > kMaxCount) {
+    throw InvalidArgument("decode: the problem has " + std::to_string(problem.batch * per_batch) +
+                          " work items, at most " + std::to_string(kMaxCount) + " are supported");
+  }
+  plan.items_per_row = static_cast<int>(per_row);
+  plan.items_per_batch = static_cast<int>(per_batch);
+  plan.items = static_cast<int>(problem.batch * per_batch);
+  int64_t slots = problem.seqlen_k;
+  if (problem.index.given()) {
+    slots = problem.index.capacity * problem.index.page_size;
+    // A range that begins where only the device knows may be as long as the cache.
+    slots += problem.dense_begin != nullptr ? problem.seqlen_k
+                                            : std::min(problem.recent, problem.seqlen_k);
+  }
+  // Slots are counted up to four tiles a warp beyond the last.
+  constexpr int64_t kMaxSlots = std::numeric_limits<int>::max() - 1024;
+  if (slots > kMaxSlots) {
+    throw InvalidArgument("decode: a list and a dense range of " + std::to_string(slots) +
+                          " keys, at most " + std::to_string(kMaxSlots) + " are supported");
+  }
+  const auto round_up = [](int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; };
+  const int64_t splits = problem.num_splits > 0 ? problem.num_splits : kMaxDecodeChunks;
+  const int64_t unit = problem.num_splits > 0 ? kTileKeys : kChunkUnit;
+  const int64_t chunk_keys =
+      std::max(unit, round_up((slots + splits - 1) / splits, unit));
+  plan.chunk_keys = static_cast<int>(chunk_keys);
+  plan.max_chunks =
+      static_cast<int>(std::max<int64_t>(1, (slots + chunk_keys - 1) / chunk_keys));
+  return plan;
+}
+
+std::string DecodePlan::to_string() const {
+  return std::to_string(items) + " items of up to " + std::to_string(rows) + " rows x " +
+         std::to_string(heads) + " heads, chunks of " + std::to_string(chunk_keys) +
+         " keys, at most " + std::to_string(max_chunks);
+}
+
+}  // namespace attnsieve::cuda
