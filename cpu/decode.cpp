@@ -18,6 +18,7 @@
 #include "attnsieve/launch.h"
 #include "attnsieve/status.h"
 #include "attnsieve/visibility.h"
+#include "codes.h"
 #include "kernels.h"
 
 namespace attnsieve::cpu {
@@ -103,6 +104,8 @@ class ItemRun {
       dense_begin_ = min64(dense_begin_, max64(0, problem.dense_begin[item.batch]));
     if (problem.recent > 0) dense_begin_ = min64(dense_begin_, max64(0, length_ - problem.recent));
     kv_head_ = item.head / (problem.num_heads / problem.num_kv_heads);
+    logit_scale_ = problem.softmax_scale;
+    if (problem.k_scale != nullptr) logit_scale_ *= problem.k_scale[kv_head_];
   }
 
   void run() {
@@ -188,16 +191,17 @@ class ItemRun {
   void widen_row(const HeadTensor& tensor, int64_t batch, int64_t row, float* to) {
     const int64_t offset =
         batch * tensor.stride_batch + kv_head_ * tensor.stride_head + row * tensor.stride_row;
-    kernels_.widen(static_cast<const char*>(tensor.data) + offset * element_size(problem_.dtype),
-                   problem_.dtype, 0, 1, head_dim_, to + static_cast<int64_t>(keys_) * head_dim_);
+    const int64_t size = element_size(problem_.dtype, problem_.code);
+    widen_elements(kernels_, static_cast<const char*>(tensor.data) + offset * size, problem_.dtype,
+                   problem_.code, head_dim_, to + static_cast<int64_t>(keys_) * head_dim_);
   }
 
   // One step of the online softmax over the gathered keys.
   void flush() {
     if (keys_ == 0) return;
     float* s = scratch_.s;
-    kernels_.scores(scratch_.query_t, scratch_.k, head_dim_, keys_, head_dim_,
-                    problem_.softmax_scale, padded_, s);
+    kernels_.scores(scratch_.query_t, scratch_.k, head_dim_, keys_, head_dim_, logit_scale_,
+                    padded_, s);
     bool masked = false;
     for (int i = 0; i < keys_; ++i) {
       masked = masked || first_column_[i] > 0;
@@ -260,7 +264,8 @@ class ItemRun {
                           head * problem_.lse.stride_head + row * problem_.lse.stride_row] =
             empty ? -kInfinity : static_cast<float>(max + std::log(sum));
       }
-      const float row_scale = static_cast<float>(scale / sum);
+      const double v_scale = problem_.v_scale == nullptr ? 1.0 : problem_.v_scale[kv_head_];
+      const float row_scale = static_cast<float>(scale / sum * v_scale);
       float* line = scratch_.query;  // the queries are no longer needed
       for (int d = 0; d < head_dim_; ++d)
         line[d] = no_keys ? 0.0f : scratch_.out_t[d * kColumns + c] * row_scale;
@@ -280,6 +285,7 @@ class ItemRun {
   int64_t length_;
   int64_t dense_begin_;  // keys from here on are attended whatever the list says
   int64_t kv_head_;
+  float logit_scale_;  // of q . k, where k may be codes
   int keys_ = 0;  // gathered
   int first_column_[kUnitKeys];
 };

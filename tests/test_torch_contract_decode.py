@@ -13,8 +13,8 @@ ops = torch.ops.attnsieve
 SCHEMAS = {
     "decode": "attnsieve::decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, "
     "Tensor? seq_lens, Tensor? indices, Tensor? counts, int index_page_size, bool physical, "
-    "Tensor? dense_begin, int recent, Tensor? sink, float softmax_scale, bool causal) "
-    "-> (Tensor out, Tensor lse)",
+    "Tensor? dense_begin, int recent, Tensor? sink, Tensor? k_scale, Tensor? v_scale, "
+    "float softmax_scale, bool causal, int num_splits) -> (Tensor out, Tensor lse)",
     "select_topk": "attnsieve::select_topk(Tensor scores, Tensor? seq_lens, int k, int page_size, "
     "int sink, int recent, bool causal, Tensor? block_table, int table_page_size, int num_pages) "
     "-> (Tensor indices, Tensor counts)",
@@ -77,16 +77,18 @@ def decode_samples():
     lists = torch.arange(0, 30, 3, dtype=torch.int32).expand(2, 1, 10)
     rows, counts = lists[:, None].expand(2, 3, 1, 10), torch.full((2, 1), 7, dtype=torch.int32)
     everything = (None, None, 1, False, None, 0, None)
+    ends, float8 = (None, None, 0.125, True, 0), [x.to(torch.float8_e4m3fn) for x in (k, v)]
     return {
-        "everything": (q, k, v, None, None, *everything, 0.125, True),
-        "bshd": (*bshd, None, lens, *everything, 0.125, False),
-        "paged": (q, *pages, table, lens, *everything, 0.125, True),
-        "tokens": (q, k, v, None, lens, lists, counts, 1, False, None, 2, None, 0.1, True),
-        "rows": (q, k, v, None, lens, rows, None, 1, False, lens - 3, 0, None, 0.1, True),
+        "everything": (q, k, v, None, None, *everything, *ends),
+        "bshd": (*bshd, None, lens, *everything, None, None, 0.125, False, 3),
+        "paged": (q, *pages, table, lens, *everything, *ends),
+        "float8": (q, *float8, None, lens, *everything, torch.ones(2), torch.ones(2), 0.1, True, 0),
+        "tokens": (q, k, v, None, lens, lists, counts, 1, False, None, 2, None, *ends),
+        "rows": (q, k, v, None, lens, rows, None, 1, False, lens - 3, 0, None, *ends),
         "pages": (q, *pages, table, lens, lists, counts, 4, False, None, 0, q[0, :, 0, 0].clone())
-        + (0.1, True),
-        "slots": (q, *pages, table, lens, lists, counts, 1, True, None, 0, None, 0.1, True),
-        "empty": (q[:0], k[:0], v[:0], None, None, *everything, 0.125, True),
+        + ends,
+        "slots": (q, *pages, table, lens, lists, counts, 1, True, None, 0, None, *ends),
+        "empty": (q[:0], k[:0], v[:0], None, None, *everything, *ends),
     }
 
 

@@ -1,7 +1,8 @@
-"""Scores for the token selectors, the rule by sorting, and the selectors on a device."""
+"""Scores for the token selectors, the rule by sorting, and the functions under test on a device."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,7 +14,7 @@ NAN, INF = math.nan, math.inf
 
 
 class OnDevice:
-    """A module's selectors with their operands on a device and the results back on the CPU."""
+    """A module's functions with their operands on a device and the results back on the CPU."""
 
     def __init__(self, module, device):
         self.module, self.device = module, device
@@ -26,11 +27,8 @@ class OnDevice:
     def to_device(self, x):
         return x.to(self.device)
 
-    def select_topk(self, *args, **options):
-        return self._run("select_topk", *args, **options)
-
-    def select_threshold(self, *args, **options):
-        return self._run("select_threshold", *args, **options)
+    def __getattr__(self, name):
+        return functools.partial(self._run, name)
 
 
 def scores_of(kind, shape=(2, 3, 300), seed=0):

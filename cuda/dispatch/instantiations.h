@@ -9,9 +9,11 @@
 namespace cutlass {
 struct half_t;
 struct bfloat16_t;
+struct float_e4m3_t;
 }  // namespace cutlass
 namespace cute {
 using cutlass::bfloat16_t;
+using cutlass::float_e4m3_t;
 using cutlass::half_t;
 }  // namespace cute
 
@@ -21,6 +23,13 @@ template <class Element, int kHeadDim>
 void launch_attend(const AttendProblem& problem, void* stream);
 template <class Element, int kHeadDim>
 std::vector<KernelEntry> attend_entries();
+
+struct DecodeArguments;
+// Stored: Element, or float_e4m3_t codes.
+template <class Element, class Stored, int kHeadDim>
+void launch_decode(const DecodeArguments& arguments, int num_sms, void* stream);
+template <class Element, class Stored, int kHeadDim>
+std::vector<KernelEntry> decode_entries();
 
 void launch_merge_states(const MergeProblem& problem, void* stream);
 std::vector<KernelEntry> merge_states_entries();

@@ -13,6 +13,21 @@ void append(std::vector<KernelEntry>& table, const std::string& prefix,
   }
 }
 
+template <int kHeadDim>
+void append_decode(std::vector<KernelEntry>& table) {
+  const std::string dim = "hd" + std::to_string(kHeadDim);
+  using cute::bfloat16_t;
+  using cute::float_e4m3_t;
+  using cute::half_t;
+  append(table, "decode sm_80 bfloat16 " + dim,
+         sm80::decode_entries<bfloat16_t, bfloat16_t, kHeadDim>());
+  append(table, "decode sm_80 bfloat16 " + dim + " float8 cache",
+         sm80::decode_entries<bfloat16_t, float_e4m3_t, kHeadDim>());
+  append(table, "decode sm_80 float16 " + dim, sm80::decode_entries<half_t, half_t, kHeadDim>());
+  append(table, "decode sm_80 float16 " + dim + " float8 cache",
+         sm80::decode_entries<half_t, float_e4m3_t, kHeadDim>());
+}
+
 template <class Element, int kHeadDim>
 void append_sm90(std::vector<KernelEntry>& table, const std::string& prefix) {
   append(table, prefix + " dense", sm90::attend_entries<Element, kHeadDim, false, false>());
@@ -30,10 +45,12 @@ std::vector<KernelEntry> kernel_table() {
 #if ATTNSIEVE_HEAD_DIM_64
   append(table, "attend sm_80 bfloat16 hd64", sm80::attend_entries<cute::bfloat16_t, 64>());
   append(table, "attend sm_80 float16 hd64", sm80::attend_entries<cute::half_t, 64>());
+  append_decode<64>(table);
 #endif
 #if ATTNSIEVE_HEAD_DIM_128
   append(table, "attend sm_80 bfloat16 hd128", sm80::attend_entries<cute::bfloat16_t, 128>());
   append(table, "attend sm_80 float16 hd128", sm80::attend_entries<cute::half_t, 128>());
+  append_decode<128>(table);
 #endif
 #if ATTNSIEVE_SM90 && ATTNSIEVE_HEAD_DIM_64
   append_sm90<cute::bfloat16_t, 64>(table, "attend sm_90 bfloat16 hd64");

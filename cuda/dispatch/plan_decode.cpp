@@ -11,7 +11,7 @@ DecodePlan plan_decode(const DecodeProblem& problem) {
   constexpr int kMaxColumns = 16;  // two MMA tiles: more would not leave room for the output
   constexpr int64_t kTileKeys = 16;
   constexpr int64_t kChunkUnit = 128;  // two tiles for each of four warps
-  constexpr int64_t kMaxCount = std::numeric_limits<int>::max() / kMaxDecodeChunks;
+  constexpr int64_t kMaxCount = std::numeric_limits<int>::max() / kMaxDecodeSplits;
   DecodePlan plan;
   plan.rows = problem.index.per_row() ? 1 : static_cast<int>(problem.seqlen_q);
   plan.group_size = static_cast<int>(problem.num_heads / problem.num_kv_heads);
@@ -44,13 +44,11 @@ DecodePlan plan_decode(const DecodeProblem& problem) {
                           " keys, at most " + std::to_string(kMaxSlots) + " are supported");
   }
   const auto round_up = [](int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; };
-  const int64_t splits = problem.num_splits > 0 ? problem.num_splits : kMaxDecodeChunks;
+  const int64_t splits = problem.num_splits > 0 ? problem.num_splits : kMaxDecodeSplits;
   const int64_t unit = problem.num_splits > 0 ? kTileKeys : kChunkUnit;
-  const int64_t chunk_keys =
-      std::max(unit, round_up((slots + splits - 1) / splits, unit));
+  const int64_t chunk_keys = std::max(unit, round_up((slots + splits - 1) / splits, unit));
   plan.chunk_keys = static_cast<int>(chunk_keys);
-  plan.max_chunks =
-      static_cast<int>(std::max<int64_t>(1, (slots + chunk_keys - 1) / chunk_keys));
+  plan.max_chunks = static_cast<int>(std::max<int64_t>(1, (slots + chunk_keys - 1) / chunk_keys));
   return plan;
 }
 

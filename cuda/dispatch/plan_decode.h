@@ -7,8 +7,6 @@
 
 namespace attnsieve::cuda {
 
-inline constexpr int kMaxDecodeChunks = 64;  // of an item
-
 // Query vectors with the same keys make an item, the keys of an item are cut into chunks. Depends on
 // capacities alone, so that results do not depend on what else runs.
 struct DecodePlan {

@@ -15,10 +15,6 @@ void select_blocks(const SelectProblem& problem, void* stream) {
   sm80::launch_select_blocks(problem, select_threads(problem.num_k_blocks()), stream);
 }
 
-void decode(const DecodeProblem&, void*) {
-  throw Unsupported("decode has no CUDA kernel; supported: cpu");
-}
-
 void proxy_scores(const ProxyScoresProblem&, void*) {
   throw Unsupported("proxy_scores has no CUDA kernel; supported: cpu");
 }

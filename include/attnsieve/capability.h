@@ -56,6 +56,9 @@ inline const std::vector<Capability>& capabilities() {
       "dense, BlockIndex (block_q in {64, 128}, block_k in {16, 32, 64, 128}), causal, window, "
       "GQA, "
       "varlen, paged, strides, lse, sink, threshold";
+  static const char* const kDecodeFeatures =
+      "everything, TokenIndex (tokens, pages, slots), dense range, 1 to 8 rows, GQA, paged (any "
+      "page_size), float8_e4m3 cache, lse, sink";
   static const char* const kSelectFeatures =
       "top-k, fraction, top-p; sink, local and diagonal blocks; causal, window";
   static const char* const kTokenFeatures =
@@ -84,8 +87,13 @@ inline const std::vector<Capability>& capabilities() {
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
        {},
        256,
-       "everything, TokenIndex (tokens, pages, slots), dense range, 1 to 8 rows, GQA, paged (any "
-       "page_size), lse, sink"},
+       kDecodeFeatures},
+      {"decode",
+       Backend::kSm80,
+       {DType::kFloat16, DType::kBFloat16},
+       {64, 128},
+       128,
+       kDecodeFeatures},
       {"proxy_scores",
        Backend::kCpu,
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},

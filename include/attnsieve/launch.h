@@ -38,6 +38,8 @@ namespace cuda {
 size_t attend_workspace_bytes(const AttendProblem& problem);
 // `stream` is a cudaStream_t of the current device.
 void attend(const AttendProblem& problem, void* stream);
+// Device memory for the results of parts of a list.
+size_t decode_workspace_bytes(const DecodeProblem& problem);
 void decode(const DecodeProblem& problem, void* stream);
 void proxy_scores(const ProxyScoresProblem& problem, void* stream);
 void append_kv(const AppendKvProblem& problem, void* stream);

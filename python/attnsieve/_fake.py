@@ -65,8 +65,11 @@ def _decode(
     dense_begin: Tensor | None,
     recent: int,
     sink: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    num_splits: int,
 ) -> tuple[Tensor, Tensor]:
     return _attend_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 

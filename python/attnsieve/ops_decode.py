@@ -26,8 +26,11 @@ def decode(
     dense_begin: Tensor | None = None,
     recent: int = 0,
     sink: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
+    num_splits: int = 0,
     validate: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -36,8 +39,8 @@ def decode(
     Args:
         q: ``[B, Hq, Sq, D]``, float16 or bfloat16, float32 on CPU too. The new rows' own keys are
             in the cache: row i sees keys ``j <= i + T - Sq`` of its sequence's T.
-        k_cache, v_cache: dtype of q; contiguous ``[B, Hkv, S, D]``, or with ``block_table`` pages
-            ``[num_pages, page_size, Hkv, D]`` of any page_size.
+        k_cache, v_cache: dtype of q, or float8_e4m3fn codes; contiguous ``[B, Hkv, S, D]``, or with
+            ``block_table`` pages ``[num_pages, page_size, Hkv, D]`` of any page_size.
         index: tokens or pages to attend to; None is everything. Its list heads are Hq, Hkv or 1.
             Keys beyond T or the row's causal limit are skipped.
         block_table: int32 ``[B, max_pages]``: key j is row ``j % page_size`` of page
@@ -49,8 +52,12 @@ def decode(
             ``min(dense_begin[b], T - recent)`` on are attended besides the list. What the list says
             there is dropped, so each key counts once.
         sink: float32 ``[Hq]``: one more logit per row that has no value. Not scaled.
+        k_scale, v_scale: float32 ``[Hkv]``, needed with codes: k is ``code * k_scale``, v alike.
         softmax_scale: positive; default ``1 / sqrt(D)``.
         causal: False lets every new row see all T keys.
+        num_splits: on CUDA a list, or a sequence, is attended in parts that are merged in their
+            order; at most so many, up to 64. 0 lets the library choose, from shapes alone. The CPU
+            takes each list in one piece.
         validate: check lengths, pages and ``index`` on the host first (synchronises).
         return_lse: also return the log-sum-exp.
 
@@ -84,8 +91,11 @@ def decode(
         dense_begin,
         recent,
         sink,
+        k_scale,
+        v_scale,
         default_scale(q, softmax_scale),
         causal,
+        num_splits,
     )
     return (out, lse) if return_lse else out
 

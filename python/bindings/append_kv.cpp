@@ -53,22 +53,8 @@ void set_caches(AppendKvProblem* problem, const Tensor& k, const Tensor& k_cache
   }
   problem->k_cache = head_tensor(k_cache, dims);
   problem->v_cache = head_tensor(v_cache, dims);
-  for (const auto& [name, scale, to] :
-       {std::tuple<const char*, const std::optional<Tensor>&, const float**>{"k_scale", k_scale,
-                                                                             &problem->k_scale},
-        {"v_scale", v_scale, &problem->v_scale}}) {
-    if (scale.has_value() != is_float8) {
-      invalid(name, is_float8 ? "must be given" : "has no meaning", " with caches of dtype ",
-              dtype_of(k_cache));
-    }
-    if (!scale) continue;
-    check_dim(name, *scale, 1, "[kv heads]");
-    check_dtype(name, *scale, ScalarType::Float);
-    check_size(name, *scale, 0, problem->num_kv_heads, "kv heads");
-    check_last_contiguous(name, *scale);
-    check_same_device(name, *scale, k);
-    *to = scale->const_data_ptr<float>();
-  }
+  problem->k_scale = head_scales("k_scale", k_scale, is_float8, problem->num_kv_heads, k_cache);
+  problem->v_scale = head_scales("v_scale", v_scale, is_float8, problem->num_kv_heads, k_cache);
 }
 
 void set_bounds(AppendKvProblem* problem, const Tensor& k, const std::optional<Tensor>& bounds,

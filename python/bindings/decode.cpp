@@ -18,7 +18,7 @@ void check_caches(const Tensor& q, const Tensor& k, const Tensor& v, bool paged)
        {std::pair<const char*, const Tensor&>{"k_cache", k}, {"v_cache", v}}) {
     check_dim(name, cache, 4, shape);
     check_same_device(name, cache, q);
-    check_dtype(name, cache, q.scalar_type());
+    check_dtype(name, cache, k.scalar_type());
     check_size(name, cache, 3, q.size(3), "head_dim of q");
     if (!paged) check_size(name, cache, 0, q.size(0), "batch of q");
     for (int64_t dim = 0; dim < 3; ++dim) check_size(name, cache, dim, k.size(dim), "as k_cache");
@@ -84,18 +84,18 @@ void set_index(DecodeProblem* problem, const Tensor& q, const std::optional<Tens
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                  const std::optional<Tensor>& block_table,
-                                  const std::optional<Tensor>& seq_lens,
-                                  const std::optional<Tensor>& indices,
-                                  const std::optional<Tensor>& counts, int64_t index_page_size,
-                                  bool physical, const std::optional<Tensor>& dense_begin,
-                                  int64_t recent, const std::optional<Tensor>& sink,
-                                  double softmax_scale, bool causal) {
+std::tuple<Tensor, Tensor> decode(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
+    const std::optional<Tensor>& indices, const std::optional<Tensor>& counts,
+    int64_t index_page_size, bool physical, const std::optional<Tensor>& dense_begin,
+    int64_t recent, const std::optional<Tensor>& sink, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale, double softmax_scale, bool causal, int64_t num_splits) {
   const bool paged = block_table.has_value();
+  DecodeProblem problem;
+  problem.code = cache_code("k_cache", k_cache, q, false);
   check_caches(q, k_cache, v_cache, paged);
   const Dims of_k = paged ? kPaged : kBatched;
-  DecodeProblem problem;
   problem.batch = q.size(0);
   problem.num_heads = q.size(1);
   problem.num_kv_heads = k_cache.size(of_k.head);
@@ -106,6 +106,9 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
   check_aligned_rows("q", q);
   check_aligned_rows("k_cache", k_cache);
   check_aligned_rows("v_cache", v_cache);
+  const bool coded = problem.code != Code::kNone;
+  problem.k_scale = head_scales("k_scale", k_scale, coded, problem.num_kv_heads, k_cache);
+  problem.v_scale = head_scales("v_scale", v_scale, coded, problem.num_kv_heads, k_cache);
   problem.softmax_scale = static_cast<float>(softmax_scale);
   if (!(problem.softmax_scale > 0.0f) || std::isinf(problem.softmax_scale)) {
     invalid("softmax_scale", "expected a positive finite number, got ", softmax_scale);
@@ -129,6 +132,10 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
     check_last_contiguous("sink", *sink);
     problem.sink = sink->const_data_ptr<float>();
   }
+  if (num_splits < 0 || num_splits > kMaxDecodeSplits) {
+    invalid("num_splits", "expected a number in [0, ", kMaxDecodeSplits, "], got ", num_splits);
+  }
+  problem.num_splits = static_cast<int32_t>(num_splits);
   const Tensor out = allocate_out(q, false);
   const Tensor lse =
       empty({problem.batch, problem.num_heads, problem.seqlen_q}, aoti_torch_dtype_float32(), q);
@@ -137,6 +144,14 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const 
   problem.v = head_tensor(v_cache, of_k);
   problem.out = head_tensor(out, kBatched);
   problem.lse = row_tensor(lse, false);
+  std::optional<Tensor> workspace;
+  if (q.is_cuda()) {
+    const int64_t bytes = static_cast<int64_t>(cuda::decode_workspace_bytes(problem));
+    if (bytes > 0) {
+      workspace = empty({bytes}, aoti_torch_dtype_uint8(), q);
+      problem.workspace = workspace->mutable_data_ptr();
+    }
+  }
   run<DecodeProblem>(q, problem, cpu::decode, cuda::decode);
   return {out, lse};
 }

@@ -13,8 +13,8 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
   m.def(
       "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor? seq_lens, "
       "Tensor? indices, Tensor? counts, int index_page_size, bool physical, "
-      "Tensor? dense_begin, int recent, Tensor? sink, float softmax_scale, bool causal) "
-      "-> (Tensor out, Tensor lse)");
+      "Tensor? dense_begin, int recent, Tensor? sink, Tensor? k_scale, Tensor? v_scale, "
+      "float softmax_scale, bool causal, int num_splits) -> (Tensor out, Tensor lse)");
   m.def(
       "proxy_scores(Tensor q, Tensor keys, Tensor? key_scale, Tensor? block_table, "
       "Tensor? seq_lens, int element, int row_reduce, bool softmax, int head_reduce, "

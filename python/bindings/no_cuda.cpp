@@ -13,6 +13,7 @@ namespace {
 }  // namespace
 
 size_t attend_workspace_bytes(const AttendProblem&) { refuse(); }
+size_t decode_workspace_bytes(const DecodeProblem&) { refuse(); }
 void attend(const AttendProblem&, void*) { refuse(); }
 void decode(const DecodeProblem&, void*) { refuse(); }
 void proxy_scores(const ProxyScoresProblem&, void*) { refuse(); }

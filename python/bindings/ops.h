@@ -19,14 +19,13 @@ std::tuple<Tensor, Tensor, Tensor> attend(
     const std::optional<Tensor>& threshold_per_head, int64_t skip_block, double softmax_scale,
     bool causal, int64_t window_left, int64_t window_right);
 
-std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                  const std::optional<Tensor>& block_table,
-                                  const std::optional<Tensor>& seq_lens,
-                                  const std::optional<Tensor>& indices,
-                                  const std::optional<Tensor>& counts, int64_t index_page_size,
-                                  bool physical, const std::optional<Tensor>& dense_begin,
-                                  int64_t recent, const std::optional<Tensor>& sink,
-                                  double softmax_scale, bool causal);
+std::tuple<Tensor, Tensor> decode(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
+    const std::optional<Tensor>& indices, const std::optional<Tensor>& counts,
+    int64_t index_page_size, bool physical, const std::optional<Tensor>& dense_begin,
+    int64_t recent, const std::optional<Tensor>& sink, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale, double softmax_scale, bool causal, int64_t num_splits);
 
 Tensor proxy_scores(const Tensor& q, const Tensor& keys, const std::optional<Tensor>& key_scale,
                     const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,

@@ -33,6 +33,22 @@ inline Code cache_code(const char* name, const Tensor& cache, const Tensor& rows
   }
 }
 
+// float32 [Hkv] of a cache of codes; nullptr, and refused, for one without.
+inline const float* head_scales(const char* name, const std::optional<Tensor>& scale, bool coded,
+                                int64_t num_kv_heads, const Tensor& cache) {
+  if (scale.has_value() != coded) {
+    invalid(name, coded ? "must be given" : "has no meaning", " with caches of dtype ",
+            dtype_of(cache));
+  }
+  if (!scale) return nullptr;
+  check_dim(name, *scale, 1, "[kv heads]");
+  check_dtype(name, *scale, ScalarType::Float);
+  check_size(name, *scale, 0, num_kv_heads, "kv heads");
+  check_last_contiguous(name, *scale);
+  check_same_device(name, *scale, cache);
+  return scale->const_data_ptr<float>();
+}
+
 // Of a cache, argument `name`, that has `num_pages` pages of `page_size` where there is a table.
 inline PagedKv paged_kv(const char* name, int64_t num_pages, int64_t page_size,
                         const std::optional<Tensor>& block_table,

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cute/numeric/numeric_types.hpp>
-
 #include <type_traits>
 
 #include "cuda/common/numeric.cuh"

@@ -10,9 +10,9 @@
 namespace attnsieve::sm80 {
 
 template <class Element>
-using DecodeMma = std::conditional_t<std::is_same_v<Element, cute::bfloat16_t>,
-                                     cute::SM80_16x8x16_F32BF16BF16F32_TN,
-                                     cute::SM80_16x8x16_F32F16F16F32_TN>;
+using DecodeMma =
+    std::conditional_t<std::is_same_v<Element, cute::bfloat16_t>,
+                       cute::SM80_16x8x16_F32BF16BF16F32_TN, cute::SM80_16x8x16_F32F16F16F32_TN>;
 
 template <class Element>
 __device__ __forceinline__ void decode_mma(float (&d)[4], const uint32_t (&a)[4],

@@ -76,8 +76,8 @@ __device__ int find_share(const DecodeArguments& a, DecodeStorage<Config>& smem)
 }
 
 template <class Types, int kHeadDim, int kColumnTiles>
-__global__ void
-__launch_bounds__(kDecodeThreads, DecodeConfig<Types, kHeadDim, kColumnTiles>::kCtasPerSm)
+__global__ void __launch_bounds__(kDecodeThreads,
+                                  DecodeConfig<Types, kHeadDim, kColumnTiles>::kCtasPerSm)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
   using Config = DecodeConfig<Types, kHeadDim, kColumnTiles>;
   extern __shared__ __align__(128) unsigned char shared_memory[];

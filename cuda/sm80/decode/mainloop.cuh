@@ -268,8 +268,8 @@ class DecodeWarp {
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) {
         const int dim = Config::out_dim(i / 2, i % 2, lane_ / 4);
-        Stored& stored =
-            stage.v[Config::offset(key, dim / Config::kChunkElements) + dim % Config::kChunkElements];
+        Stored& stored = stage.v[Config::offset(key, dim / Config::kChunkElements) +
+                                 dim % Config::kChunkElements];
         const float value = static_cast<float>(stored);
         __syncwarp();
         if (isfinite(value)) continue;

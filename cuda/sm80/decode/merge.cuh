@@ -64,8 +64,9 @@ __device__ __forceinline__ void store_column(const DecodeProblem& p, const Decod
       static_cast<Element>(value.z * scale), static_cast<Element>(value.w * scale)};
   *reinterpret_cast<uint2*>(out + dim) = reinterpret_cast<const uint2&>(elements);
   if (dim == 0 && p.lse.data != nullptr) {
-    p.lse.data[item.batch * p.lse.stride_batch + head * p.lse.stride_head +
-               row * p.lse.stride_row] = result.lse;
+    p.lse
+        .data[item.batch * p.lse.stride_batch + head * p.lse.stride_head + row * p.lse.stride_row] =
+        result.lse;
   }
 }
 
@@ -106,7 +107,7 @@ __device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item, in
 // What the weights of an item's chunks need of shared memory.
 template <class Config>
 struct ChunkWeights {
-  float weight[Config::kColumns][cuda::kMaxDecodeChunks];
+  float weight[Config::kColumns][kMaxDecodeSplits];
   float max[Config::kColumns];
   float sum[Config::kColumns];
 };
@@ -118,7 +119,7 @@ __device__ void weigh_chunks(const DecodeArguments& a, const DecodeItem& item, i
   const float scale_log2 = logit_scale(a.problem, item.kv_head) * kLog2e;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-  constexpr int kPerLane = cuda::kMaxDecodeChunks / kWarpThreads;
+  constexpr int kPerLane = kMaxDecodeSplits / kWarpThreads;
   for (int column = warp; column < item.columns; column += kDecodeWarps) {
     float2 state[kPerLane];
     float max = negative_infinity();

@@ -65,7 +65,8 @@ __device__ __forceinline__ DecodeTask make_task(const DecodeArguments& a, int it
   const DecodeItem& item = task.item;
   const int capacity = static_cast<int>(p.seqlen_k);
   task.length = capacity;
-  if (p.paged.seq_lens != nullptr) task.length = max(0, min(p.paged.seq_lens[item.batch], capacity));
+  if (p.paged.seq_lens != nullptr)
+    task.length = max(0, min(p.paged.seq_lens[item.batch], capacity));
   task.dense_begin = p.index.given() ? task.length : 0;
   if (p.dense_begin != nullptr) {
     task.dense_begin = min(task.dense_begin, max(0, p.dense_begin[item.batch]));
@@ -81,9 +82,10 @@ __device__ __forceinline__ DecodeTask make_task(const DecodeArguments& a, int it
     const int list = item.head / index.heads_per_list;
     int count = index.capacity;
     if (index.counts != nullptr) {
-      count = min(count, index.counts[item.batch * index.counts_stride_batch +
-                                      item.row * index.counts_stride_row +
-                                      list * index.counts_stride_head]);
+      count =
+          min(count,
+              index.counts[item.batch * index.counts_stride_batch +
+                           item.row * index.counts_stride_row + list * index.counts_stride_head]);
     }
     task.list_slots = max(count, 0) * static_cast<int>(index.page_size);
     task.entries = index.indices + item.batch * index.indices_stride_batch +

@@ -1,6 +1,7 @@
 #include "cuda/sm80/decode/launch.cuh"
 
 namespace attnsieve::sm80 {
-template void launch_decode<cute::bfloat16_t, cute::float_e4m3_t, 64>(const DecodeArguments&, int, void*);
+template void launch_decode<cute::bfloat16_t, cute::float_e4m3_t, 64>(const DecodeArguments&, int,
+                                                                      void*);
 template std::vector<KernelEntry> decode_entries<cute::bfloat16_t, cute::float_e4m3_t, 64>();
 }  // namespace attnsieve::sm80
