@@ -1,7 +1,8 @@
 """Times our ops beside the peers: same tensors, same process, interleaved where it matters.
 
 Usage: python bench/compare.py SUITE [SUITE ...] [--out DIR] [--quick] [--only TEXT]
-Suites: dense, sparse, sparse-long, gqa, select, overhead (GPU); cpu, cpu-overhead (CPU).
+Suites: dense, sparse, sparse-long, gqa, select, overhead, decode, sparse-decode, topk, quest (GPU);
+cpu, cpu-overhead, cpu-decode (CPU).
 
 Writes DIR/<suite>.json (default bench/results/<gpu or cpu>) after every case; with --only the other
 cases of that file stay as they were. Case names and lists are those of shared/peers.
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 import attnsieve
+import cases_decode
 import peers
 import results
 from measure import (
@@ -348,7 +350,12 @@ SUITES = {
     "gqa": ("cuda", gqa),
     "select": ("cuda", select),
     "overhead": ("cuda", lambda choice: overhead(choice, "cuda")),
+    "decode": ("cuda", cases_decode.decode),
+    "sparse-decode": ("cuda", cases_decode.sparse_decode),
+    "topk": ("cuda", cases_decode.topk),
+    "quest": ("cuda", cases_decode.quest),
     "cpu": ("cpu", cpu),
+    "cpu-decode": ("cpu", cases_decode.cpu_decode),
     "cpu-overhead": ("cpu", lambda choice: overhead(choice, "cpu")),
 }
 

@@ -65,6 +65,14 @@ def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Run]:
     return runs
 
 
+def decode(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Run]:
+    """Attention of one new row per sequence over all of a contiguous cache."""
+    return {
+        "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v, False),
+        "fa2": _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v, False),
+    }
+
+
 def block_sparse(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, block_q: int, block_k: int
 ) -> dict[str, Run]:

@@ -56,7 +56,16 @@ def select_tokens(problem):
     return best.indices, best.counts, above.indices, above.counts, passed
 
 
-OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge, select_tokens)
+def decode(problem):
+    """The last rows over everything, and over the tokens that the first column of k selects."""
+    q, k, v = problem.args[:3]
+    rows = q[:, :, -3:].contiguous()
+    index = attnsieve.select_topk(k[..., 0].float(), 200)
+    whole = attnsieve.decode(rows, k, v, return_lse=True)
+    return *whole, *attnsieve.decode(rows, k, v, index, recent=20, num_splits=3, return_lse=True)
+
+
+OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge, select_tokens, decode)
 
 
 def problem_of(seed):
@@ -244,10 +253,11 @@ def test_pages_on_a_side_stream_and_without_synchronisation():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 def test_second_gpu_while_the_first_is_current():
     problem = problem_of(1)
-    expected = [attend(problem), walk(problem), select(problem)]
+    ops = (attend, walk, select, decode)
+    expected = [op(problem) for op in ops]
     other = build(Case("cuda:1", 300, 500, causal=True, density=0.4, seed=1))
     assert torch.cuda.current_device() == 0
-    for op, wanted in zip((attend, walk, select), expected, strict=True):
+    for op, wanted in zip(ops, expected, strict=True):
         actual = op(other)
         assert all(x.device.index == 1 for x in actual)
         assert_bitwise(tuple(x.to("cuda:0") for x in actual), wanted, op.__name__)
