@@ -49,6 +49,12 @@ def device(request) -> str:
     return device_of(request.param)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=backend_marks("sm_80"))])
+def any_device(request) -> str:
+    """The CPU and the GPU once, for ops that have one CUDA backend."""
+    return request.param
+
+
 @pytest.fixture(params=_backend_params(CUDA_BACKENDS))
 def cuda_backend(request) -> str:
     """For tests that only run on a GPU: the name of the forced attend backend."""

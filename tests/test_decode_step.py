@@ -7,17 +7,12 @@ import torch
 
 import attnsieve
 from attnsieve import reference_decode
-from cases import backend_marks, randn
+from cases import randn
 from layouts import deal_pages, fill_pages
 from numerics import assert_bitwise
 
 PAGE, WIDTH, HEADS, KV_HEADS, DIM = 16, 40, 8, 2, 64
 CAPACITY = PAGE * WIDTH
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=backend_marks("sm_80"))])
-def device(request):
-    return request.param
 
 
 @dataclasses.dataclass
@@ -81,8 +76,8 @@ LENGTHS = ((300, 1, 640), (17, 33, 250), (639, 128, 0))
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_step_equals_the_oracles(device, lengths):
-    step = step_of(lengths, 1, device)
+def test_step_equals_the_oracles(any_device, lengths):
+    step = step_of(lengths, 1, any_device)
     twin = dataclasses.replace(step, **{n: getattr(step, n).clone() for n in ("k", "v", "bounds")})
     got = run(step)
     for name in ("k", "v", "bounds"):  # what was written, and nothing else

@@ -49,11 +49,11 @@ def seen_keys(index, heads, rows, lengths, capacity, causal, begins):
     return seen
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=backend_marks("sm_80"))])
-def op(request):
+@pytest.fixture
+def op(any_device):
     """decode on a device, operands and results on the CPU; `dtype` is the finest it takes there."""
-    functions = OnDevice(attnsieve, request.param)
-    functions.dtype = DTYPES[request.param][0]
+    functions = OnDevice(attnsieve, any_device)
+    functions.dtype = DTYPES[any_device][0]
     return functions
 
 
