@@ -1,4 +1,4 @@
-"""A whole decode step on a paged cache: append, score, select, attend; eager and in a CUDA graph."""
+"""A whole decode step on a paged cache: append, score, select, attend; eager and as a graph."""
 
 import dataclasses
 
