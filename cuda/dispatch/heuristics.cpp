@@ -38,16 +38,27 @@ int select_threads(int64_t num_k_blocks) {
 
 namespace attnsieve::sm80 {
 
-SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem, int num_sms) {
-  // A list is split where it is long enough for four more launches to pay, and where one CTA a list
-  // would leave half of the GPU idle. Estimates, not yet measured.
+SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem,
+                                    const cuda::DeviceInfo& device) {
+  // CTAs share lists where one a list would leave half of the GPU idle: as a cluster, or where there
+  // are none and lists are long enough for four more launches to pay. Estimates, not yet measured.
   constexpr int64_t kMinSplitColumns = 48 * 1024;
   constexpr int64_t kMinPartColumns = 4096;
   constexpr int64_t kCtasPerSm = 2;
   constexpr int64_t kSmallList = 4096;  // columns; 16 for each of 256 threads
   const int64_t lists = problem.batch * problem.seqlen_q * problem.num_lists;
   const int64_t columns = problem.columns;
+  const int num_sms = device.num_sms;
   SelectTokensPlan plan;
+  if (device.compute_capability == 90) {
+    constexpr int64_t kMinRankColumns = 2048;
+    while (plan.ranks < 8 && lists * plan.ranks * 2 <= num_sms &&
+           columns >= plan.ranks * 2 * kMinRankColumns) {
+      plan.ranks *= 2;
+    }
+    plan.threads = 1024;
+    if (plan.ranks > 1) return plan;
+  }
   if (lists > 0 && 2 * lists <= num_sms && columns > kMinSplitColumns) {
     const int64_t least = (columns + kMaxSplitCandidates - 1) / kMaxSplitCandidates;
     const int64_t useful = std::min(kCtasPerSm * num_sms / lists, columns / kMinPartColumns);

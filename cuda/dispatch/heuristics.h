@@ -32,11 +32,13 @@ inline constexpr int64_t kMaxSplitCandidates = 512 * 32;
 
 struct SelectTokensPlan {
   int threads = 0;  // of a CTA that owns a list
-  int parts = 1;  // CTAs that share a list; then they have 512 threads
+  int parts = 1;  // CTAs that share a list over several launches; then they have 512 threads
+  int ranks = 1;  // CTAs of a cluster that share a list in one launch (sm_90); 1, 2, 4 or 8
 };
 
 // How many threads select from a list. From shapes alone: lengths are not known to the host.
-SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem, int num_sms);
+SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem,
+                                    const cuda::DeviceInfo& device);
 
 }  // namespace attnsieve::sm80
 

@@ -53,4 +53,8 @@ void launch_attend(const AttendArguments& arguments, const AttendPlan& plan, int
 template <class Element, int kHeadDim, bool kInterleaved, bool kList>
 std::vector<KernelEntry> attend_entries();
 
+// ranks in {2, 4, 8}: CTAs that share a list.
+void launch_select_tokens(const TokenSelectProblem& problem, int ranks, void* stream);
+std::vector<KernelEntry> select_tokens_entries();
+
 }  // namespace attnsieve::sm90

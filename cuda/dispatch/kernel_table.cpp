@@ -71,6 +71,9 @@ std::vector<KernelEntry> kernel_table() {
   append(table, "merge_states sm_80", sm80::merge_states_entries());
   append(table, "select_blocks sm_80", sm80::select_blocks_entries());
   append(table, "select_tokens sm_80", sm80::select_tokens_entries());
+#if ATTNSIEVE_SM90
+  append(table, "select_tokens sm_90", sm90::select_tokens_entries());
+#endif
   return table;
 }
 

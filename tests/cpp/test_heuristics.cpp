@@ -206,7 +206,7 @@ void token_selection() {
         problem.batch = lists;
         problem.num_lists = 1;
         problem.columns = columns;
-        const sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, num_sms);
+        const sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, {80, num_sms});
         CHECK(plan.threads == 256 || plan.threads == 512 || plan.threads == 1024);
         CHECK(plan.parts >= 1);
         // Lists that fill the GPU are not split, nor those that one CTA selects from in a moment.
@@ -216,8 +216,12 @@ void token_selection() {
         // The same for any way of counting lists: batch neighbours are lists too.
         problem.batch = 1;
         problem.num_lists = lists;
-        const sm80::SelectTokensPlan again = sm80::plan_select_tokens(problem, num_sms);
+        const sm80::SelectTokensPlan again = sm80::plan_select_tokens(problem, {80, num_sms});
         CHECK(again.threads == plan.threads && again.parts == plan.parts);
+        CHECK(plan.ranks == 1);
+        const sm80::SelectTokensPlan hopper = sm80::plan_select_tokens(problem, {90, num_sms});
+        CHECK(hopper.ranks == 1 || (hopper.parts == 1 && lists * hopper.ranks <= num_sms));
+        CHECK(hopper.ranks == 1 || columns >= hopper.ranks * 2048);
       }
     }
   }
@@ -225,7 +229,14 @@ void token_selection() {
   TokenSelectProblem problem;
   problem.batch = problem.num_lists = 1;
   problem.columns = 1 << 20;
-  CHECK(sm80::plan_select_tokens(problem, 132).parts >= 132);
+  CHECK(sm80::plan_select_tokens(problem, {80, 132}).parts >= 132);
+  check::context = "plan_select_tokens: one launch on Hopper, of 1, 2, 4 or 8 CTAs a list";
+  CHECK(sm80::plan_select_tokens(problem, {90, 132}).ranks == 8);
+  problem.num_lists = 64;
+  CHECK(sm80::plan_select_tokens(problem, {90, 132}).ranks == 2);
+  problem.num_lists = 8;
+  problem.columns = 8192;
+  CHECK(sm80::plan_select_tokens(problem, {90, 132}).ranks == 4);
 }
 
 void table() {

@@ -33,8 +33,8 @@ struct DigitChoice {
   uint32_t bucket;
 };
 
-// What is known of a list's cut.
-struct CutSearch {
+// What is known of a list's cut, as far as a search has come.
+struct CutState {
   ScoreCut cut;  // once `found`
   bool found;
   uint32_t wanted;   // ranked candidates before the cut to the list's room
@@ -42,7 +42,9 @@ struct CutSearch {
   uint32_t prefix;   // leading digits of the cut
   uint32_t missing;  // candidates to keep among those with this prefix
   uint32_t bucket;   // candidates with this prefix
+};
 
+struct CutSearch : CutState {
   // Before any score is read. The threshold rule has to count first.
   __device__ explicit CutSearch(const ScoreList& list) {
     prefix = 0;

@@ -25,14 +25,7 @@ struct SplitState {
   uint32_t passing;    // candidates above the threshold
   uint32_t list_size;  // orders in the list
   uint32_t next_part;
-  // The search so far, by the last CTA of a digit.
-  ScoreCut cut;
-  uint32_t found;
-  uint32_t wanted;
-  uint32_t kept;
-  uint32_t prefix;
-  uint32_t missing;
-  uint32_t bucket;
+  CutState search;  // by the last CTA of a digit
 };
 
 struct SplitArguments {
@@ -58,25 +51,8 @@ class SplitList {
   // The search as far as earlier launches came.
   __device__ CutSearch load_search(bool first_digit) const {
     CutSearch search(list_);
-    if (search.found || first_digit) return search;
-    search.cut = state_.cut;
-    search.found = state_.found != 0;
-    search.wanted = state_.wanted;
-    search.kept = state_.kept;
-    search.prefix = state_.prefix;
-    search.missing = state_.missing;
-    search.bucket = state_.bucket;
+    if (!search.found && !first_digit) static_cast<CutState&>(search) = state_.search;
     return search;
-  }
-
-  __device__ void store_search(const CutSearch& search) const {
-    state_.cut = search.cut;
-    state_.found = search.found ? 1 : 0;
-    state_.wanted = search.wanted;
-    state_.kept = search.kept;
-    state_.prefix = search.prefix;
-    state_.missing = search.missing;
-    state_.bucket = search.bucket;
   }
 
   __device__ uint32_t words_of_part() const {
@@ -126,7 +102,7 @@ class SplitDigit : public SplitList {
       counter_.choose(search, digit);
       if (listed && !search.found) finish(search, size);
     }
-    if (threadIdx.x == 0) store_search(search);
+    if (threadIdx.x == 0) state_.search = search;
   }
 
  private:
