@@ -1,6 +1,7 @@
 // decode on CUDA: run-time values -> one compiled kernel, and the layout of its workspace.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <string>
 
 #include "attnsieve/launch.h"
@@ -15,7 +16,7 @@ namespace {
 // Partial results of chunks, then the counters. Items of one chunk leave nothing.
 struct Workspace {
   Workspace(const DecodePlan& plan, int64_t head_dim) {
-    if (plan.max_chunks == 1) return;
+    if (plan.max_chunks == 1 || plan.clustered) return;
     const auto aligned = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
     const size_t columns = size_t{1} * plan.items * plan.max_chunks * plan.columns;
     state = aligned(columns * head_dim * sizeof(float));
@@ -27,11 +28,29 @@ struct Workspace {
   size_t bytes = 0;
 };
 
+// The current one, without clusters where this build has no kernels of them.
+DeviceInfo decoding_device() {
+  DeviceInfo device = current_device();
+#if !ATTNSIEVE_SM90
+  device.compute_capability = std::min(device.compute_capability, 89);
+#endif
+  return device;
+}
+
+template <class Element, class Stored, int kHeadDim>
+void launch(const sm80::DecodeArguments& arguments, int num_sms, void* stream) {
+#if ATTNSIEVE_SM90
+  if (arguments.plan.clustered)
+    return sm90::launch_decode_lists<Element, Stored, kHeadDim>(arguments, stream);
+#endif
+  sm80::launch_decode<Element, Stored, kHeadDim>(arguments, num_sms, stream);
+}
+
 template <class Element, int kHeadDim>
 void launch(const sm80::DecodeArguments& arguments, int num_sms, void* stream) {
   if (arguments.problem.code == Code::kNone)
-    return sm80::launch_decode<Element, Element, kHeadDim>(arguments, num_sms, stream);
-  sm80::launch_decode<Element, cute::float_e4m3_t, kHeadDim>(arguments, num_sms, stream);
+    return launch<Element, Element, kHeadDim>(arguments, num_sms, stream);
+  launch<Element, cute::float_e4m3_t, kHeadDim>(arguments, num_sms, stream);
 }
 
 template <class Element>
@@ -57,19 +76,19 @@ bool is_empty(const DecodeProblem& problem) {
 
 size_t decode_workspace_bytes(const DecodeProblem& problem) {
   if (is_empty(problem)) return 0;
-  return Workspace(plan_decode(problem), problem.head_dim).bytes;
+  return Workspace(plan_decode(problem, decoding_device()), problem.head_dim).bytes;
 }
 
 void decode(const DecodeProblem& problem, void* stream) {
   require_supported("decode", Backend::kSm80, problem.dtype, problem.head_dim);
   if (is_empty(problem)) return;
-  const DeviceInfo device = current_device();
+  const DeviceInfo device = decoding_device();
   if (device.compute_capability < 80) {
     throw Unsupported("decode needs a GPU of compute capability 8.0 or newer");
   }
   sm80::DecodeArguments arguments{};
   arguments.problem = problem;
-  arguments.plan = plan_decode(problem);
+  arguments.plan = plan_decode(problem, device);
   if (problem.index.given()) {
     arguments.index_page = cutlass::FastDivmod(static_cast<int>(problem.index.page_size));
   }

@@ -53,6 +53,12 @@ void launch_attend(const AttendArguments& arguments, const AttendPlan& plan, int
 template <class Element, int kHeadDim, bool kInterleaved, bool kList>
 std::vector<KernelEntry> attend_entries();
 
+// For plans that are clustered.
+template <class Element, class Stored, int kHeadDim>
+void launch_decode_lists(const sm80::DecodeArguments& arguments, void* stream);
+template <class Element, class Stored, int kHeadDim>
+std::vector<KernelEntry> decode_lists_entries();
+
 // ranks in {2, 4, 8}: CTAs that share a list.
 void launch_select_tokens(const TokenSelectProblem& problem, int ranks, void* stream);
 std::vector<KernelEntry> select_tokens_entries();

@@ -13,19 +13,25 @@ void append(std::vector<KernelEntry>& table, const std::string& prefix,
   }
 }
 
+template <class Element, class Stored, int kHeadDim>
+void append_decode(std::vector<KernelEntry>& table, const std::string& what) {
+  append(table, "decode sm_80 " + what, sm80::decode_entries<Element, Stored, kHeadDim>());
+#if ATTNSIEVE_SM90
+  append(table, "decode sm_90 " + what + " list",
+         sm90::decode_lists_entries<Element, Stored, kHeadDim>());
+#endif
+}
+
 template <int kHeadDim>
 void append_decode(std::vector<KernelEntry>& table) {
-  const std::string dim = "hd" + std::to_string(kHeadDim);
   using cute::bfloat16_t;
   using cute::float_e4m3_t;
   using cute::half_t;
-  append(table, "decode sm_80 bfloat16 " + dim,
-         sm80::decode_entries<bfloat16_t, bfloat16_t, kHeadDim>());
-  append(table, "decode sm_80 bfloat16 " + dim + " float8 cache",
-         sm80::decode_entries<bfloat16_t, float_e4m3_t, kHeadDim>());
-  append(table, "decode sm_80 float16 " + dim, sm80::decode_entries<half_t, half_t, kHeadDim>());
-  append(table, "decode sm_80 float16 " + dim + " float8 cache",
-         sm80::decode_entries<half_t, float_e4m3_t, kHeadDim>());
+  const std::string dim = " hd" + std::to_string(kHeadDim);
+  append_decode<bfloat16_t, bfloat16_t, kHeadDim>(table, "bfloat16" + dim);
+  append_decode<bfloat16_t, float_e4m3_t, kHeadDim>(table, "bfloat16" + dim + " float8 cache");
+  append_decode<half_t, half_t, kHeadDim>(table, "float16" + dim);
+  append_decode<half_t, float_e4m3_t, kHeadDim>(table, "float16" + dim + " float8 cache");
 }
 
 template <class Element, int kHeadDim>

@@ -7,7 +7,7 @@
 
 namespace attnsieve::cuda {
 
-DecodePlan plan_decode(const DecodeProblem& problem) {
+DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
   constexpr int kMaxColumns = 16;  // two MMA tiles: more would not leave room for the output
   constexpr int64_t kTileKeys = 16;
   constexpr int64_t kChunkUnit = 128;  // two tiles for each of four warps
@@ -43,6 +43,11 @@ DecodePlan plan_decode(const DecodeProblem& problem) {
     throw InvalidArgument("decode: a list and a dense range of " + std::to_string(slots) +
                           " keys, at most " + std::to_string(kMaxSlots) + " are supported");
   }
+  // Short lists: eight CTAs take a few tiles a warp each, and merge without a word to memory.
+  // An estimate, not yet measured.
+  constexpr int64_t kMaxClusterSlots = 8192;
+  plan.clustered = device.compute_capability == 90 && problem.index.given() &&
+                   problem.num_splits == 0 && slots <= kMaxClusterSlots;
   const auto round_up = [](int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; };
   const int64_t splits = problem.num_splits > 0 ? problem.num_splits : kMaxDecodeSplits;
   const int64_t unit = problem.num_splits > 0 ? kTileKeys : kChunkUnit;
@@ -55,7 +60,7 @@ DecodePlan plan_decode(const DecodeProblem& problem) {
 std::string DecodePlan::to_string() const {
   return std::to_string(items) + " items of up to " + std::to_string(rows) + " rows x " +
          std::to_string(heads) + " heads, chunks of " + std::to_string(chunk_keys) +
-         " keys, at most " + std::to_string(max_chunks);
+         " keys, at most " + std::to_string(max_chunks) + (clustered ? ", clustered" : "");
 }
 
 }  // namespace attnsieve::cuda

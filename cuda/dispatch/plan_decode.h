@@ -4,6 +4,7 @@
 #include <string>
 
 #include "attnsieve/problem.h"
+#include "cuda/dispatch/heuristics.h"
 
 namespace attnsieve::cuda {
 
@@ -21,11 +22,12 @@ struct DecodePlan {
   int items = 0;
   int chunk_keys = 0;
   int max_chunks = 0;  // of an item
+  bool clustered = false;  // a cluster of CTAs an item instead (sm_90): no chunks, no workspace
 
   std::string to_string() const;
 };
 
 // Throws InvalidArgument where items, or the keys of one, exceed what 32 bits count.
-DecodePlan plan_decode(const DecodeProblem& problem);
+DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device);
 
 }  // namespace attnsieve::cuda

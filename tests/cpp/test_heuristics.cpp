@@ -300,7 +300,7 @@ void decode_plans() {
             if (lists > 0)
               problem.index.heads_per_list = static_cast<int>(problem.num_heads / lists);
             problem.index.num_rows = per_row ? static_cast<int>(rows) : 1;
-            const cuda::DecodePlan plan = cuda::plan_decode(problem);
+            const cuda::DecodePlan plan = cuda::plan_decode(problem, {80, 108});
             check::context = plan.to_string();
             CHECK(plan.columns <= 16 && plan.columns == plan.rows * plan.heads);
             CHECK(plan.shared_heads % plan.heads == 0 || plan.items_per_group > 1);
@@ -320,32 +320,42 @@ void decode_plans() {
     for (int splits : {0, 1, 2, 7, kMaxDecodeSplits}) {
       DecodeProblem problem = decode_problem(8, 2, 1, keys);
       problem.num_splits = splits;
-      const cuda::DecodePlan plan = cuda::plan_decode(problem);
+      const cuda::DecodePlan plan = cuda::plan_decode(problem, {80, 108});
       check::context = std::to_string(splits) + " splits of " + plan.to_string();
       CHECK(plan.chunk_keys > 0 && plan.chunk_keys % 16 == 0);
       CHECK(plan.max_chunks >= 1 && plan.max_chunks <= (splits > 0 ? splits : kMaxDecodeSplits));
       CHECK(int64_t{plan.chunk_keys} * plan.max_chunks >= keys);
       problem.batch = 64;
-      CHECK(cuda::plan_decode(problem).chunk_keys == plan.chunk_keys);
+      CHECK(cuda::plan_decode(problem, {80, 108}).chunk_keys == plan.chunk_keys);
     }
   }
   check::context = "a range whose begin only the device knows may be all of the cache";
   DecodeProblem problem = decode_problem(8, 2, 1, 100000);
   problem.index.capacity = 256;
   problem.index.heads_per_list = 4;
-  CHECK(cuda::plan_decode(problem).max_chunks == 2);
+  CHECK(cuda::plan_decode(problem, {80, 108}).max_chunks == 2);
   problem.recent = 64;
-  CHECK(cuda::plan_decode(problem).max_chunks == 3);
+  CHECK(cuda::plan_decode(problem, {80, 108}).max_chunks == 3);
   const int32_t begin = 0;
   problem.dense_begin = &begin;
-  CHECK(int64_t{cuda::plan_decode(problem).chunk_keys} * cuda::plan_decode(problem).max_chunks >=
+  CHECK(int64_t{cuda::plan_decode(problem, {80, 108}).chunk_keys} *
+            cuda::plan_decode(problem, {80, 108}).max_chunks >=
         100256);
+  check::context = "clusters for short lists on Hopper, where the parts are not the caller's";
+  CHECK(!cuda::plan_decode(problem, {90, 132}).clustered);
+  problem.dense_begin = nullptr;
+  CHECK(cuda::plan_decode(problem, {90, 132}).clustered);
+  CHECK(!cuda::plan_decode(problem, {80, 108}).clustered);
+  problem.num_splits = 3;
+  CHECK(!cuda::plan_decode(problem, {90, 132}).clustered);
+  problem.num_splits = 0;
+  problem.dense_begin = &begin;
   for (int64_t page_size : {int64_t{1} << 23, int64_t{1} << 31}) {
     check::context = "more keys than 32 bits count";
     bool refused = false;
     problem.index.page_size = page_size;
     try {
-      cuda::plan_decode(problem);
+      cuda::plan_decode(problem, {80, 108});
     } catch (const InvalidArgument& error) {
       refused = contains(error.what(), "keys");
     }

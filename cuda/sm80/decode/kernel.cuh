@@ -48,7 +48,8 @@ __device__ int find_share(const DecodeArguments& a, DecodeStorage<Config>& smem)
   };
   const auto part_of = [&](int base) {
     Part part{0, 0, 0};
-    if (base + thread < items) part.own = make_task(a, base + thread).chunks(a.plan);
+    if (base + thread < items)
+      part.own = make_task<typename Config::Stored>(a, base + thread).chunks(a.plan);
     __syncthreads();
     Scan(smem.scan).ExclusiveSum(part.own, part.before, part.all);
     return part;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kDecodeThreads,
   int chunk = smem.chunk;
   bool new_item = true;
   for (int i = 0; i < share; ++i) {
-    if (new_item && threadIdx.x == 0) smem.task = make_task(a, item);
+    if (new_item && threadIdx.x == 0) smem.task = make_task<typename Config::Stored>(a, item);
     __syncthreads();
     const DecodeTask& task = smem.task;
     const int chunks = task.chunks(a.plan);

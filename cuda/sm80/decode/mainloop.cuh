@@ -46,10 +46,6 @@ class DecodeWarp {
         for (int i = 0; i < 4; ++i) out[step][tile][i] = 0.0f;
       }
     }
-    const DecodeProblem& p = a.problem;
-    const bool of_k = lane_ < kTileKeys;
-    source_ = static_cast<const Stored*>(of_k ? p.k.data : p.v.data) +
-              task.item.kv_head * (of_k ? p.k.stride_head : p.v.stride_head);
   }
 
   // Slots [begin, end) of the walk, this warp's tiles of 16 among those of the CTA.
@@ -127,20 +123,16 @@ class DecodeWarp {
   // Starts the copies of a tile; keys that do not exist become zeros. The lower lanes know where the
   // rows of K are, the upper where those of V are.
   __device__ void load(Stage& stage, const KeyPlace& place) {
-    const DecodeProblem& p = a_.problem;
-    const bool of_k = lane_ < kTileKeys;
-    if (of_k) stage.position[lane_] = place.position;
+    if (lane_ < kTileKeys) stage.position[lane_] = place.position;
     const bool exists = place.position != KeyPlace::kNowhere;
     const uint32_t mask = __ballot_sync(0xffffffffu, exists);
-    const Stored* row_start = source_;
-    if (exists) {
-      row_start += place.outer * (of_k ? p.k.stride_batch : p.v.stride_batch) +
-                   place.row * (of_k ? p.k.stride_row : p.v.stride_row);
-    }
+    const KeySource& source = lane_ < kTileKeys ? task_.k : task_.v;
+    const auto* row_start = static_cast<const Stored*>(source.data);
+    if (exists) row_start += place.outer * source.stride_outer + place.row * source.stride_row;
     const auto address = reinterpret_cast<unsigned long long>(row_start);
     constexpr int kPassRows = kWarpThreads / Config::kRowChunks;
     const int chunk = lane_ % Config::kRowChunks;
-#pragma unroll
+#pragma unroll 4  // the addresses of all passes at once would need too many registers
     for (int pass = 0; pass < kTileKeys / kPassRows; ++pass) {
       const int row = pass * kPassRows + lane_ / Config::kRowChunks;
       const int offset = Config::offset(row, chunk);
@@ -291,7 +283,6 @@ class DecodeWarp {
   int lane_;
   float scale_log2_;
   float slack_;  // kRescaleLog2 in unscaled logits
-  const Stored* source_;  // this lane's tensor and head
   uint32_t query_[kSteps][kColumnTiles][2];
   int limit_[2 * kColumnTiles];
 };

@@ -70,38 +70,77 @@ __device__ __forceinline__ void store_column(const DecodeProblem& p, const Decod
   }
 }
 
-// The warps' results of a chunk, in warp order: to the output where the item has no other chunk, else
-// to the chunk's place in the workspace.
+// Columns of a part of an item's keys, not normalised, relative to `max`, an unscaled logit.
 template <class Config>
-__device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item, int64_t slot,
-                            bool whole, const typename Config::WarpStorage* smem) {
+struct PartResult {
+  alignas(16) float out[Config::kColumns][Config::kHeadDim];
+  float max[Config::kColumns];
+  float sum[Config::kColumns];
+};
+
+// The warps' results of a chunk for four dimensions of a column, in warp order.
+template <class Config>
+__device__ __forceinline__ float4 merge_column(const typename Config::WarpStorage* smem, int column,
+                                               int dim, float scale_log2, float& max, float& sum) {
+  max = negative_infinity();
+#pragma unroll
+  for (int warp = 0; warp < kDecodeWarps; ++warp) {
+    max = max_nan(max, smem[warp].merge.max[column]);
+  }
+  sum = 0.0f;
+  float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+  for (int warp = 0; warp < kDecodeWarps; ++warp) {
+    const float weight = part_weight(smem[warp].merge.max[column], max, scale_log2);
+    sum += weight * smem[warp].merge.sum[column];
+    add_scaled(value, weight, *reinterpret_cast<const float4*>(smem[warp].merge.out[column] + dim));
+  }
+  return value;
+}
+
+// f(column, dim, four dimensions, max, sum) for all columns of the chunk that the warps published.
+template <class Config, class F>
+__device__ __forceinline__ void for_each_merged(const DecodeArguments& a, const DecodeItem& item,
+                                                const typename Config::WarpStorage* smem, F&& f) {
   constexpr int kQuads = Config::kHeadDim / 4;  // of dimensions
   const float scale_log2 = logit_scale(a.problem, item.kv_head) * kLog2e;
   for (int i = threadIdx.x; i < item.columns * kQuads; i += kDecodeThreads) {
     const int column = i / kQuads;
     const int dim = i % kQuads * 4;
-    float max = negative_infinity();
-#pragma unroll
-    for (int warp = 0; warp < kDecodeWarps; ++warp) {
-      max = max_nan(max, smem[warp].merge.max[column]);
-    }
-    float sum = 0.0f;
-    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-    for (int warp = 0; warp < kDecodeWarps; ++warp) {
-      const float weight = part_weight(smem[warp].merge.max[column], max, scale_log2);
-      sum += weight * smem[warp].merge.sum[column];
-      add_scaled(value, weight,
-                 *reinterpret_cast<const float4*>(smem[warp].merge.out[column] + dim));
-    }
-    if (whole) {
-      store_column<typename Config::Element>(a.problem, item, column, dim, value, max, sum);
-    } else {
-      const int64_t place = slot * a.plan.columns + column;
-      *reinterpret_cast<float4*>(a.partial_out + place * Config::kHeadDim + dim) = value;
-      if (dim == 0) a.partial_state[place] = make_float2(max, sum);
-    }
+    float max;
+    float sum;
+    const float4 value = merge_column<Config>(smem, column, dim, scale_log2, max, sum);
+    f(column, dim, value, max, sum);
   }
+}
+
+// To the output where the item has no other chunk, else to the chunk's place in the workspace.
+template <class Config>
+__device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item, int64_t slot,
+                            bool whole, const typename Config::WarpStorage* smem) {
+  for_each_merged<Config>(
+      a, item, smem, [&](int column, int dim, const float4& value, float max, float sum) {
+        if (whole) {
+          store_column<typename Config::Element>(a.problem, item, column, dim, value, max, sum);
+          return;
+        }
+        const int64_t place = slot * a.plan.columns + column;
+        *reinterpret_cast<float4*>(a.partial_out + place * Config::kHeadDim + dim) = value;
+        if (dim == 0) a.partial_state[place] = make_float2(max, sum);
+      });
+}
+
+// To shared memory.
+template <class Config>
+__device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item,
+                            const typename Config::WarpStorage* smem, PartResult<Config>& part) {
+  for_each_merged<Config>(a, item, smem,
+                          [&](int column, int dim, const float4& value, float max, float sum) {
+                            *reinterpret_cast<float4*>(part.out[column] + dim) = value;
+                            if (dim > 0) return;
+                            part.max[column] = max;
+                            part.sum[column] = sum;
+                          });
 }
 
 // What the weights of an item's chunks need of shared memory.

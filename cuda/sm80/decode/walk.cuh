@@ -42,9 +42,18 @@ struct KeyPlace {
   int position;
 };
 
+// K or V of one KV head; strides in elements.
+struct KeySource {
+  const void* data;
+  int64_t stride_outer;
+  int64_t stride_row;
+};
+
 // An item and what it visits. One copy a CTA, in shared memory.
 struct DecodeTask {
   DecodeItem item;
+  KeySource k;
+  KeySource v;
   int length;  // keys of the sequence
   int dense_begin;  // keys from here on are attended whatever the list says
   int list_slots;
@@ -58,11 +67,20 @@ struct DecodeTask {
   }
 };
 
+template <class Stored>
+__device__ __forceinline__ KeySource source_of(const HeadTensor& tensor, int kv_head) {
+  return {static_cast<const Stored*>(tensor.data) + kv_head * tensor.stride_head,
+          tensor.stride_batch, tensor.stride_row};
+}
+
+template <class Stored>
 __device__ __forceinline__ DecodeTask make_task(const DecodeArguments& a, int item_index) {
   const DecodeProblem& p = a.problem;
   DecodeTask task;
   task.item = locate_item(a, item_index);
   const DecodeItem& item = task.item;
+  task.k = source_of<Stored>(p.k, item.kv_head);
+  task.v = source_of<Stored>(p.v, item.kv_head);
   const int capacity = static_cast<int>(p.seqlen_k);
   task.length = capacity;
   if (p.paged.seq_lens != nullptr)

@@ -1,0 +1,106 @@
+// Computes        As cuda/sm80/decode/kernel.cuh, for lists: in one launch and without a workspace.
+// Roles           A cluster of kDecodeRanks CTAs owns an item and cuts its slots into as many runs of
+//                 equal length; every rank merges the results of all for its share of the output.
+// Shared memory   As kernel.cuh, and the CTA's result, which the other ranks read.
+// Pipeline        As kernel.cuh; a cluster barrier before the results are read, and one before the
+//                 end: no rank leaves while another may read its memory.
+// Invariants      Runs depend on the item's own slots, and results are merged in rank order: the same
+//                 bits whatever else is in the batch.
+// Not handled     What few items do not fill the GPU with: everything of a long cache.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "cuda/sm80/decode/merge.cuh"
+
+namespace attnsieve::sm90 {
+
+namespace cg = cooperative_groups;
+using sm80::DecodeArguments;
+using sm80::DecodeItem;
+using sm80::DecodeTask;
+
+inline constexpr int kDecodeRanks = 8;
+
+template <class Config>
+struct ClusterDecodeStorage {
+  typename Config::WarpStorage warps[sm80::kDecodeWarps];
+  sm80::PartResult<Config> part;  // of this CTA
+  DecodeTask task;
+};
+
+__device__ __forceinline__ int decode_rank() { return static_cast<int>(blockIdx.x) % kDecodeRanks; }
+
+// This rank's share of the quads of dimensions of all columns, eight lanes a quad: each brings one
+// rank's part.
+template <class Config>
+__device__ void merge_ranks(const DecodeArguments& a, const DecodeItem& item,
+                            sm80::PartResult<Config>& own) {
+  static_assert(kDecodeRanks == 8);
+  constexpr int kQuads = Config::kHeadDim / 4;
+  constexpr int kQuadsAtOnce = sm80::kDecodeThreads / kDecodeRanks;
+  const float scale_log2 = sm80::logit_scale(a.problem, item.kv_head) * kLog2e;
+  const int source_rank = static_cast<int>(threadIdx.x) % kDecodeRanks;
+  const sm80::PartResult<Config>& source = *cg::this_cluster().map_shared_rank(&own, source_rank);
+  const int quads = item.columns * kQuads;
+  for (int base = decode_rank() * kQuadsAtOnce; base < quads; base += kDecodeRanks * kQuadsAtOnce) {
+    const int quad = base + static_cast<int>(threadIdx.x) / kDecodeRanks;
+    const bool exists = quad < quads;
+    const int column = exists ? quad / kQuads : 0;
+    const int dim = quad % kQuads * 4;
+    const float part_max = source.max[column];
+    float max = part_max;
+#pragma unroll
+    for (int distance = 1; distance < kDecodeRanks; distance *= 2) {
+      max = max_nan(max, __shfl_xor_sync(0xffffffffu, max, distance));
+    }
+    const float weight = sm80::part_weight(part_max, max, scale_log2);
+    const float4 part = *reinterpret_cast<const float4*>(source.out[column] + dim);
+    float sum = weight * source.sum[column];
+    float4 value = make_float4(weight * part.x, weight * part.y, weight * part.z, weight * part.w);
+#pragma unroll
+    for (int distance = 1; distance < kDecodeRanks; distance *= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+      value.x += __shfl_xor_sync(0xffffffffu, value.x, distance);
+      value.y += __shfl_xor_sync(0xffffffffu, value.y, distance);
+      value.z += __shfl_xor_sync(0xffffffffu, value.z, distance);
+      value.w += __shfl_xor_sync(0xffffffffu, value.w, distance);
+    }
+    if (exists && source_rank == 0) {
+      sm80::store_column<typename Config::Element>(a.problem, item, column, dim, value, max, sum);
+    }
+  }
+}
+
+template <class Types, int kHeadDim, int kColumnTiles>
+__global__ void __cluster_dims__(kDecodeRanks, 1, 1)
+    __launch_bounds__(sm80::kDecodeThreads,
+                      sm80::DecodeConfig<Types, kHeadDim, kColumnTiles>::kCtasPerSm)
+        decode_list_kernel(const __grid_constant__ DecodeArguments a) {
+  using Config = sm80::DecodeConfig<Types, kHeadDim, kColumnTiles>;
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  auto& smem = *reinterpret_cast<ClusterDecodeStorage<Config>*>(shared_memory);
+  if (threadIdx.x == 0) {
+    const int item = static_cast<int>(blockIdx.x) / kDecodeRanks;
+    smem.task = sm80::make_task<typename Config::Stored>(a, item);
+  }
+  __syncthreads();
+  const DecodeTask& task = smem.task;
+  {
+    constexpr int kRunUnit = sm80::kDecodeWarps * sm80::kTileKeys;
+    const int units = (task.slots + kRunUnit - 1) / kRunUnit;
+    const int run = (units + kDecodeRanks - 1) / kDecodeRanks * kRunUnit;
+    const int begin = decode_rank() * run;
+    auto& own = smem.warps[threadIdx.x / kWarpThreads];
+    sm80::DecodeWarp<Config> warp(a, task, own);
+    warp.run(begin, min(task.slots, begin + run));
+    publish(warp, own);
+  }
+  __syncthreads();
+  sm80::merge_warps<Config>(a, task.item, smem.warps, smem.part);
+  cg::this_cluster().sync();
+  merge_ranks<Config>(a, task.item, smem.part);
+  cg::this_cluster().sync();
+}
+
+}  // namespace attnsieve::sm90

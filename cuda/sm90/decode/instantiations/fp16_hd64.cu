@@ -1,0 +1,9 @@
+#include "cuda/sm90/decode/launch.cuh"
+
+namespace attnsieve::sm90 {
+template void launch_decode_lists<cute::half_t, cute::half_t, 64>(const DecodeArguments&, void*);
+template std::vector<KernelEntry> decode_lists_entries<cute::half_t, cute::half_t, 64>();
+template void launch_decode_lists<cute::half_t, cute::float_e4m3_t, 64>(const DecodeArguments&,
+                                                                        void*);
+template std::vector<KernelEntry> decode_lists_entries<cute::half_t, cute::float_e4m3_t, 64>();
+}  // namespace attnsieve::sm90
