@@ -1,7 +1,6 @@
 // decode on CUDA: run-time values -> one compiled kernel, and the layout of its workspace.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <string>
 
 #include "attnsieve/launch.h"
@@ -27,15 +26,6 @@ struct Workspace {
   size_t arrivals = 0;
   size_t bytes = 0;
 };
-
-// The current one, without clusters where this build has no kernels of them.
-DeviceInfo decoding_device() {
-  DeviceInfo device = current_device();
-#if !ATTNSIEVE_SM90
-  device.compute_capability = std::min(device.compute_capability, 89);
-#endif
-  return device;
-}
 
 template <class Element, class Stored, int kHeadDim>
 void launch(const sm80::DecodeArguments& arguments, int num_sms, void* stream) {
@@ -76,13 +66,13 @@ bool is_empty(const DecodeProblem& problem) {
 
 size_t decode_workspace_bytes(const DecodeProblem& problem) {
   if (is_empty(problem)) return 0;
-  return Workspace(plan_decode(problem, decoding_device()), problem.head_dim).bytes;
+  return Workspace(plan_decode(problem, current_device_as_compiled()), problem.head_dim).bytes;
 }
 
 void decode(const DecodeProblem& problem, void* stream) {
   require_supported("decode", Backend::kSm80, problem.dtype, problem.head_dim);
   if (is_empty(problem)) return;
-  const DeviceInfo device = decoding_device();
+  const DeviceInfo device = current_device_as_compiled();
   if (device.compute_capability < 80) {
     throw Unsupported("decode needs a GPU of compute capability 8.0 or newer");
   }

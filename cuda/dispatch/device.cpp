@@ -1,5 +1,6 @@
 #include "cuda/dispatch/device.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 
@@ -29,6 +30,14 @@ DeviceInfo current_device() {
   const int capability = major * 10 + minor;
   if (index < kMaxDevices) known[index] = capability + kPerSm * num_sms;
   return {capability, num_sms};
+}
+
+DeviceInfo current_device_as_compiled() {
+  DeviceInfo device = current_device();
+#if !ATTNSIEVE_SM90
+  device.compute_capability = std::min(device.compute_capability, 89);
+#endif
+  return device;
 }
 
 void set_device(int index) {

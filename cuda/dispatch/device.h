@@ -7,6 +7,9 @@ namespace attnsieve::cuda {
 
 DeviceInfo current_device();
 
+// The same, but 8.9 at most where this build has no sm_90 kernels.
+DeviceInfo current_device_as_compiled();
+
 // Makes `index` current in this library's CUDA runtime, which is not the one torch links.
 void set_device(int index);
 

@@ -1,25 +1,10 @@
 // merge_states, select_blocks and select_tokens on CUDA; refusals of what has no kernel there.
-#include <algorithm>
-
 #include "attnsieve/launch.h"
 #include "attnsieve/token_select.h"
 #include "cuda/dispatch/device.h"
 #include "cuda/dispatch/instantiations.h"
 
 namespace attnsieve::cuda {
-namespace {
-
-// The current one, without clusters where this build has no kernels of them.
-DeviceInfo selecting_device() {
-  DeviceInfo device = current_device();
-#if !ATTNSIEVE_SM90
-  device.compute_capability = std::min(device.compute_capability, 89);
-#endif
-  return device;
-}
-
-}  // namespace
-
 void merge_states(const MergeProblem& problem, void* stream) {
   require_supported("merge_states", Backend::kSm80, problem.dtype, problem.head_dim);
   sm80::launch_merge_states(problem, stream);
@@ -38,14 +23,15 @@ void append_kv(const AppendKvProblem&, void*) {
 }
 
 size_t select_tokens_workspace_bytes(const TokenSelectProblem& problem) {
-  const sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, selecting_device());
+  const sm80::SelectTokensPlan plan =
+      sm80::plan_select_tokens(problem, current_device_as_compiled());
   return sm80::select_tokens_workspace_bytes(problem.batch * problem.seqlen_q * problem.num_lists,
                                              plan.parts);
 }
 
 void select_tokens(const TokenSelectProblem& problem, void* stream) {
   check_token_select(problem);
-  sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, selecting_device());
+  sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, current_device_as_compiled());
 #if ATTNSIEVE_SM90
   if (plan.ranks > 1) return sm90::launch_select_tokens(problem, plan.ranks, stream);
 #endif
