@@ -18,16 +18,17 @@ from attnsieve.ops import (  # noqa: E402  (after the ops)
     merge_states,
     threshold_attention,
 )
-from attnsieve.selection import (  # noqa: E402  (after the ops)
-    pooled_block_scores,
-    select_blocks,
-    select_from_scores,
-)
 from attnsieve.ops_cache import append_kv, proxy_scores  # noqa: E402  (after the ops)
 from attnsieve.ops_decode import (  # noqa: E402  (after the ops)
     decode,
     select_threshold,
     select_topk,
+)
+from attnsieve.ops_topk import topk_attention  # noqa: E402  (after the ops)
+from attnsieve.selection import (  # noqa: E402  (after the ops)
+    pooled_block_scores,
+    select_blocks,
+    select_from_scores,
 )
 from attnsieve.token_index import TokenIndex  # noqa: E402  (after the ops)
 
@@ -51,6 +52,7 @@ __all__ = [
     "select_threshold",
     "select_topk",
     "threshold_attention",
+    "topk_attention",
 ]
 
 
