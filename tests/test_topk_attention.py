@@ -213,8 +213,9 @@ def test_a_step_is_three_launches():
     with _Calls() as calls:
         attnsieve.topk_attention(rows, k, v, reuse=index, **where)
     assert calls.names == three[2:]
+    scores = randn((1, 1, 640))
     with _Calls() as calls:
-        attnsieve.topk_attention(q, k, v, k=64, score=randn((1, 1, 640)), **where)
+        attnsieve.topk_attention(q, k, v, k=64, score=scores, **where)
     assert calls.names == three[1:]
 
 
