@@ -12,6 +12,7 @@ from attnsieve._library import load_ops as _load_ops
 _load_ops()
 
 from attnsieve import _fake as _fake  # noqa: E402  (registers on the ops loaded above)
+from attnsieve.cache import CachedKV, PagedKVCache  # noqa: E402  (after the ops)
 from attnsieve.index import BlockIndex  # noqa: E402  (after the ops)
 from attnsieve.ops import (  # noqa: E402  (after the ops)
     block_sparse_attention,
@@ -36,6 +37,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockIndex",
+    "CachedKV",
+    "PagedKVCache",
     "TokenIndex",
     "append_kv",
     "block_sparse_attention",
