@@ -12,6 +12,7 @@ import attnsieve
 from attnsieve import PagedKVCache
 from cases import randn
 from layouts import page_bounds
+from numerics import assert_bitwise
 
 
 def rows_of(cache, b, layer=0):
@@ -210,3 +211,41 @@ def test_errors_name_what_is_wrong():
         cache.free(2)
     with pytest.raises(ValueError, match="batch"):
         PagedKVCache(4, 2, 16, batch=0)
+
+
+def test_a_step_in_a_cuda_graph(cuda_backend):
+    """Captured once, replayed at other lengths with other contents; nothing synchronises."""
+    dtype = torch.bfloat16
+    cache = PagedKVCache(40, 2, 64, batch=2, dtype=dtype, device="cuda", bounds=True)
+    prompt = randn((2, 2, 100, 64), dtype, "cuda", 1)
+    cache.append(prompt, prompt)
+    cache.reserve(60)
+    shapes = ((2, 8, 1, 64), (2, 2, 1, 64), (2, 2, 1, 64))
+    q, k, v = (randn(shape, dtype, "cuda", 2) for shape in shapes)
+
+    def step():
+        cache.write(k, v)
+        bounds = cache.bounds[0]
+        return attnsieve.topk_attention(
+            q, cache.k[0], cache.v[0], k=64, bounds=bounds, **cache.where
+        )
+
+    cache.extend(1)
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for n in (1, 7, 20):
+        news = [randn(shape, dtype, "cuda", 10 * n + i) for i, shape in enumerate(shapes)]
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(n):
+                cache.extend(1)
+                for x, new in zip((q, k, v), news, strict=True):
+                    x.copy_(new)
+                graph.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert_bitwise(out, step())  # the same rows once more, to the same places

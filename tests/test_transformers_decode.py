@@ -201,6 +201,18 @@ def test_padding_does_not_reach_a_sparse_step(method):
 
 
 @torch.no_grad()
+def test_a_short_prompt_is_a_prefill():
+    """Of 5 tokens, fewer than a step may have: it is dense and forgets the text before it."""
+    model, options = model_of(), dict(max_new_tokens=12, do_sample=False)
+    used = Recycled(12, stride=99)
+    with integration.use(decode=used):
+        model.generate(tokens(2, 90), **options)
+        short = model.generate(tokens(2, 5), **options)
+    assert all(kept.begin.tolist() == [6, 6] for kept, _ in used.state.values())
+    assert torch.equal(short[:, :6], model.generate(tokens(2, 5), **options)[:, :6])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("method", [None, DenseDecode()])
 def test_paged_logits(device, method):
     """Prefill, steps of one and of five rows, a piece of 40 rows, and tokens taken back."""

@@ -152,7 +152,7 @@ def measure_decode(
             _run(subject, ids, cache, method, prompt, min(WARM_UP_STEPS, steps))
             numbers = _run(subject, ids, cache, method, prompt, steps)
             results.append(DecodeResult(name, budget, **numbers))
-    except (NotImplementedError, torch.OutOfMemoryError) as error:
+    except (NotImplementedError, ValueError, torch.OutOfMemoryError) as error:
         raise DemoError(f"decode: {first_line(error)}") from error
     for result in results:
         result.speedup_vs_dense = result.tokens_per_s / results[0].tokens_per_s

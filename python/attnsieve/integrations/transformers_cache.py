@@ -91,8 +91,10 @@ class _Layer(CacheLayerMixin):
         """Takes the last ``-tokens_to_remove`` tokens back."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected a number of tokens <= 0, got {tokens_to_remove}")
+        if not self.is_initialized:
+            return
         self.length += tokens_to_remove
-        if self.is_initialized and self.owner.pages.lengths[0] > self.length:
+        if self.owner.pages.lengths[0] > self.length:  # the first layer trims for all
             self.owner.pages.trim(-tokens_to_remove)
 
     def reset(self) -> None:
