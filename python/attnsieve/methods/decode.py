@@ -91,12 +91,12 @@ class Kept:
     Attributes:
         index: one list per sequence and list head, for any number of new rows.
         begin: int32 ``[B]``.
-        query: float32 ``[B, Hq * D]``, what the lists were chosen for.
+        query: float32 ``[B, Hq * D]``, what the lists were chosen for; None where nobody asks.
     """
 
     index: TokenIndex
     begin: Tensor
-    query: Tensor
+    query: Tensor | None = None
 
     def stale(self, query: Tensor, similarity: float) -> Tensor:
         """bool ``[B]``: whose query is now less similar (by cosine) than ``similarity``."""

@@ -34,13 +34,14 @@ class Recycled(DecodeMethod):
         self, q, cache, *, layer_idx=0, sequence=0, softmax_scale=None, sink=None
     ) -> Tensor:
         options = dict(softmax_scale=softmax_scale, sink=sink)
-        key, query = (sequence, layer_idx), mean_query(q)
+        key = sequence, layer_idx
+        query = None if self.similarity is None else mean_query(q)
         kept, age = self.state.get(key, (None, 0))
         if kept is None or age >= self.stride:
             self.state[key] = self._select(q, cache, query, softmax_scale), 1
             return attend(q, cache, None, **options)
         stale = None
-        if self.similarity is not None:
+        if query is not None:
             stale = kept.stale(query, self.similarity)
             if not bool(stale.any()):
                 stale = None
@@ -53,7 +54,7 @@ class Recycled(DecodeMethod):
         return recycled
 
     def _select(
-        self, q: Tensor, cache: CachedKV, query: Tensor, softmax_scale: float | None
+        self, q: Tensor, cache: CachedKV, query: Tensor | None, softmax_scale: float | None
     ) -> Kept:
         weights = proxy_scores(
             q[:, :, -1:],

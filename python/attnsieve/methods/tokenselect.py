@@ -38,9 +38,10 @@ class TokenSelect(DecodeMethod):
     def __call__(
         self, q, cache, *, layer_idx=0, sequence=0, softmax_scale=None, sink=None
     ) -> Tensor:
-        key, query = (sequence, layer_idx), mean_query(q)
+        key = sequence, layer_idx
+        query = None if self.similarity is None else mean_query(q)
         kept = self.state.get(key)
-        if kept is None or self.similarity is None:
+        if kept is None or query is None:
             kept = self._select(q, cache, query)
         else:
             stale = kept.stale(query, self.similarity)
@@ -56,7 +57,7 @@ class TokenSelect(DecodeMethod):
             sink=sink,
         )
 
-    def _select(self, q: Tensor, cache: CachedKV, query: Tensor) -> Kept:
+    def _select(self, q: Tensor, cache: CachedKV, query: Tensor | None) -> Kept:
         votes = proxy_scores(
             q,
             cache.k_cache,
