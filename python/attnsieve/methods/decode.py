@@ -98,6 +98,11 @@ class Kept:
     begin: Tensor
     query: Tensor | None = None
 
+    def before(self, q: Tensor, cache: CachedKV) -> Kept:
+        """These lists for the rows of ``q``, which may stand where tokens were taken back."""
+        first = cache.lengths(q.shape[0]) - q.shape[2]
+        return Kept(self.index, torch.minimum(self.begin, first), self.query)
+
     def stale(self, query: Tensor, similarity: float) -> Tensor:
         """bool ``[B]``: whose query is now less similar (by cosine) than ``similarity``."""
         return ~(torch.cosine_similarity(query, self.query, dim=-1) >= similarity)

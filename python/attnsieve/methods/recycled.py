@@ -40,7 +40,7 @@ class Recycled(DecodeMethod):
         if kept is None or age >= self.stride:
             self.state[key] = self._select(q, cache, query, softmax_scale), 1
             return attend(q, cache, None, **options)
-        stale = None
+        kept, stale = kept.before(q, cache), None
         if query is not None:
             stale = kept.stale(query, self.similarity)
             if not bool(stale.any()):

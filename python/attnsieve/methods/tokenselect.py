@@ -44,6 +44,7 @@ class TokenSelect(DecodeMethod):
         if kept is None or query is None:
             kept = self._select(q, cache, query)
         else:
+            kept = kept.before(q, cache)
             stale = kept.stale(query, self.similarity)
             if bool(stale.any()):
                 kept = kept.updated(stale, self._select(q, cache, query))
