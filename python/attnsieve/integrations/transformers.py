@@ -283,16 +283,16 @@ def _attend(
     step = seqlen_q <= MAX_DECODE_ROWS and seqlen_q < seqlen_k
     if choice.decode is not None and not step:
         choice.decode.reset()
+    method = choice.prefill or _DENSE
+    if seqlen_q < getattr(method, "min_seqlen_q", 0):
+        method = _DENSE
     paged = isinstance(k, PagedStates)
-    decode = choice.decode or (_DENSE_DECODE if paged else None)
+    decode = choice.decode or (_DENSE_DECODE if paged and isinstance(method, Dense) else None)
     if step and decode is not None and settings["causal"] and settings["window"] is None:
         named = {name: settings[name] for name in ("layer_idx", "softmax_scale", "sink")}
         if named["layer_idx"] is None:
             _refuse("decode methods in a module without layer_idx")
         return decode(q, k.cache if paged else CachedKV(k, v), sequence=sequence, **named)
-    method = choice.prefill or _DENSE
-    if seqlen_q < getattr(method, "min_seqlen_q", 0):
-        method = _DENSE
     if not paged:
         return method(q, k, v, **settings)
     if seqlen_q == seqlen_k:
