@@ -348,3 +348,19 @@ def test_empty(shape):
     lens = torch.full((shape[0],), 3, dtype=torch.int32)
     attnsieve.append_kv(k, k, *caches, seq_lens=lens, bounds=bounds, page_size=5)
     assert all((x == GUARD).all() for x in (*caches, bounds))
+
+
+@pytest.mark.parametrize("name", ["seq_lens", "block_table", "cu_seqlens"])
+def test_validate_names_what_has_another_batch(name):
+    k, pages = torch.zeros(2, 2, 1, 64), torch.zeros(4, 16, 2, 64)
+    where = dict(seq_lens=torch.ones(2).int(), block_table=torch.zeros(2, 1).int())
+    if name == "cu_seqlens":
+        k, where["cu_seqlens"] = k[:, :, 0], torch.arange(4).int()
+    else:
+        where[name] = where[name][[0, 0, 0]]
+    for validate in (False, True):
+        with pytest.raises(ValueError, match=f"{name}: expected .*got"):
+            attnsieve.append_kv(k, k, pages, pages.clone(), **where, validate=validate)
+    if name != "cu_seqlens":
+        with pytest.raises(ValueError, match="expected .*got"):
+            attnsieve.decode(k, pages, pages, **where, validate=True)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaForCausalLM
 from transformers.models.mamba import MambaForCausalLM
 
-from attnsieve.demo import main
+from attnsieve.demo import cli, decode, main
 from attnsieve.demo import model as demo_model
 from attnsieve.demo.plan import DENSE, FAMILIES, SDPA
 
@@ -68,7 +68,7 @@ def test_end_to_end(tiny, text, tmp_path, capsys):
     assert main([*arguments, "--out", str(picture), "--json", str(numbers)]) == 0
     said = capsys.readouterr()
     assert str(picture) in said.out and str(numbers) in said.out
-    assert said.err.count("[") == 10  # one progress line per row and one for the model
+    assert said.err.count("[") == 22  # one progress line per row, model and prefill
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     record = json.loads(numbers.read_text())
@@ -87,12 +87,53 @@ def test_end_to_end(tiny, text, tmp_path, capsys):
     assert half["density"] == pytest.approx((4 * 2080 + 3 * 4096) / (256 * 257 / 2))
     assert quarter["density"] == half["density"]
 
+    # 4 steps after 251 tokens; budgets of 1/8 and 1/16 of 256 are at least three pages.
+    assert record["decode_tokens"] == 4
+    first, *decoded = record["decode_rows"]
+    assert (first["method"], first["speedup_vs_dense"]) == (decode.DENSE_DECODE, 1.0)
+    names = [name for name in decode.DECODE_FAMILIES.values() for _ in range(2)]
+    assert [row["method"] for row in decoded] == names
+    for row in decoded:
+        assert row["method"] in said.out and row["budget"] == "48"
+        assert row["total_ms"] > row["attention_ms"] > 0
+        assert row["tokens_per_s"] == pytest.approx(1000 / row["total_ms"])
+
+
+def test_decode_perplexity_is_that_of_the_whole_window(tiny, text, tmp_path):
+    """With budgets that hold the window every method predicts what one dense pass predicts."""
+    numbers = tmp_path / "demo.json"
+    arguments = ["--model", tiny, "--text", text, "--length", "120", "--device", "cpu", "--no-plot"]
+    arguments += ["--methods", "--decode-budgets", "1", "--decode-tokens", "100"]
+    assert main([*arguments, "--json", str(numbers)]) == 0
+    rows = json.loads(numbers.read_text())["decode_rows"]
+    model = LlamaForCausalLM.from_pretrained(tiny, attn_implementation="eager")
+    ids = PreTrainedTokenizerFast.from_pretrained(tiny)(open(text).read(), return_tensors="pt")
+    ids = ids.input_ids[:, :120]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, 19:119]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 20:]).exp()
+    assert len(rows) == 6
+    for row in rows:
+        assert row["perplexity"] == pytest.approx(float(expected), rel=1e-3), row["method"]
+
+
+def test_decode_rows_can_be_left_out(tiny, text, tmp_path, capsys):
+    numbers = tmp_path / "demo.json"
+    arguments = ["--model", tiny, "--text", text, "--length", "64", "--device", "cpu", "--no-plot"]
+    assert main([*arguments, "--methods", "--decode-methods", "--json", str(numbers)]) == 0
+    assert "decode steps" not in capsys.readouterr().out
+    assert not [key for key in json.loads(numbers.read_text()) if key.startswith("decode")]
+    assert main([*arguments, "--methods", "--decode-tokens", "63"]) == 2
+    assert "--decode-tokens 63" in capsys.readouterr().err
+    assert cli._DECODE_FAMILIES == tuple(decode.DECODE_FAMILIES)
+
 
 def test_full_budgets_reproduce_dense(tiny, text, tmp_path):
     numbers = tmp_path / "demo.json"
     arguments = ["--model", tiny, "--text", text, "--length", "200", "--device", "cpu"]
     arguments += ["--methods", "topk", "threshold", "oracle", "--budgets", "1"]
     arguments += ["--threshold-scales", "0", "--no-plot", "--json", str(numbers)]
+    arguments += ["--decode-methods"]
     assert main(arguments) == 0
     rows = json.loads(numbers.read_text())["rows"]
     assert len(rows) == 5
@@ -175,7 +216,15 @@ def test_default_model_cannot_be_fetched(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--length", "0"], ["--budgets", "1.5"], ["--methods", "magic"], ["--offset=-1"]]
+    "arguments",
+    [
+        ["--length", "0"],
+        ["--budgets", "1.5"],
+        ["--methods", "magic"],
+        ["--offset=-1"],
+        ["--decode-methods", "magic"],
+        ["--decode-tokens", "0"],
+    ],
 )
 def test_bad_options(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -192,6 +241,7 @@ def test_smollm2_reference_numbers(tmp_path):
     pytest.importorskip("gguf")
     numbers = tmp_path / "demo.json"
     arguments = ["--device", "cpu", "--no-plot", "--json", str(numbers)]
+    arguments += ["--decode-methods"]
     assert main([*arguments, "--methods", "topk", "topp", "threshold", "oracle"]) == 0
     record = json.loads(numbers.read_text())
     if record["text_sha256"] != TOPICS_SHA256:

@@ -174,7 +174,10 @@ def choose(scores, seq_lens, limits, q, k):
     best = attnsieve.select_topk(scores, 8, seq_lens=seq_lens, recent=1)
     above, passed = attnsieve.select_threshold(scores, limits, 8, seq_lens=seq_lens)
     out, lse = attnsieve.decode(q, k, k, best, seq_lens=seq_lens, recent=2, return_lse=True)
-    return best, above, passed, out, lse, pages, *cache, bounds
+    whole, kept = attnsieve.topk_attention(
+        q, k, k, k=16, score="exact", seq_lens=seq_lens, return_index=True
+    )
+    return best, above, passed, out, lse, pages, *cache, bounds, whole, kept
 
 
 def arguments(columns):

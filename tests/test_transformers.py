@@ -7,70 +7,32 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import GptOssConfig, LlamaConfig, MistralConfig
+from transformers import GptOssConfig
 from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
 from transformers.models.gpt_oss import GptOssForCausalLM
-from transformers.models.llama import LlamaForCausalLM
-from transformers.models.mistral import MistralForCausalLM
 
 from attnsieve.integrations import transformers as integration
 from attnsieve.methods import Dense, Method, OracleTopK, PooledTopK, PooledTopP, Threshold
 from attnsieve.methods.oracle import block_mass
-
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=128,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=1024,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
+from tiny_models import (
+    SIZES,
+    TOLERANCE,
+    build,
+    llama,
+    mistral,
+    padding,
+    tokens,
+    with_implementation,
 )
-TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.bfloat16: dict(rtol=0.1, atol=0.1)}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     integration.register()
-
-
-def build(kind, config, device: str = "cpu"):
-    """A random model in evaluation mode: float32 on the CPU, bfloat16 on CUDA."""
-    torch.manual_seed(0)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return kind(config).to(device, dtype).eval().requires_grad_(False)
-
-
-def llama(device: str = "cpu", **changes):
-    return build(LlamaForCausalLM, LlamaConfig(**{**SIZES, **changes}), device)
-
-
-def mistral(sliding_window: int):
-    return build(MistralForCausalLM, MistralConfig(**SIZES, sliding_window=sliding_window))
-
-
-def tokens(batch: int, length: int, device: str = "cpu") -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(2, SIZES["vocab_size"], (batch, length), generator=generator).to(device)
-
-
-def padding(lengths, width: int, side: str, device: str = "cpu") -> torch.Tensor:
-    places = torch.arange(width, device=device)
-    lengths = torch.tensor(lengths, device=device)[:, None]
-    return (places >= width - lengths if side == "left" else places < lengths).long()
-
-
-def with_implementation(model, name: str):
-    model.set_attn_implementation(name)
-    return model
 
 
 def assert_same_logits(model, expected_by="eager", attention_mask=None, **inputs):

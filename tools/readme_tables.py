@@ -163,7 +163,27 @@ def demo() -> str:
             for row in run["rows"]
         )
         parts.append(f"{title}\n\n{table(columns, body)}")
+        if run.get("decode_rows"):
+            parts.append(decode_steps(run))
     return "\n\n".join(parts) or NOTHING
+
+
+def decode_steps(run: dict) -> str:
+    """The decode rows of one demo run."""
+    columns = ("decode method", "budget", "perplexity", "attention ms", "tokens/s", "vs dense")
+    body = (
+        (
+            row["method"],
+            row["budget"],
+            f"{row['perplexity']:.2f}",
+            number(row["attention_ms"]),
+            number(row["tokens_per_s"]),
+            f"{row['speedup_vs_dense']:.2f}",
+        )
+        for row in run["decode_rows"]
+    )
+    title = f"The same run, {run['decode_tokens']} decode steps at batch 1 (times per token):"
+    return f"{title}\n\n{table(columns, body)}"
 
 
 def tests() -> str:

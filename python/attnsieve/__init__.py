@@ -12,6 +12,7 @@ from attnsieve._library import load_ops as _load_ops
 _load_ops()
 
 from attnsieve import _fake as _fake  # noqa: E402  (registers on the ops loaded above)
+from attnsieve.cache import CachedKV, PagedKVCache  # noqa: E402  (after the ops)
 from attnsieve.index import BlockIndex  # noqa: E402  (after the ops)
 from attnsieve.ops import (  # noqa: E402  (after the ops)
     block_sparse_attention,
@@ -24,6 +25,7 @@ from attnsieve.ops_decode import (  # noqa: E402  (after the ops)
     select_threshold,
     select_topk,
 )
+from attnsieve.ops_topk import topk_attention  # noqa: E402  (after the ops)
 from attnsieve.selection import (  # noqa: E402  (after the ops)
     pooled_block_scores,
     select_blocks,
@@ -35,6 +37,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockIndex",
+    "CachedKV",
+    "PagedKVCache",
     "TokenIndex",
     "append_kv",
     "block_sparse_attention",
@@ -51,6 +55,7 @@ __all__ = [
     "select_threshold",
     "select_topk",
     "threshold_attention",
+    "topk_attention",
 ]
 
 

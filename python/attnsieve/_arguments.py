@@ -148,6 +148,8 @@ def check_append_values(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Reads lengths, offsets and tables on the host: every new row must have a place."""
+    batch = seq_lens.shape[0] if cu_seqlens is not None or k.dim() != 4 else k.shape[0]
+    _check_per_sequence(batch, seq_lens=seq_lens, block_table=block_table, cu_seqlens=cu_seqlens)
     lengths = seq_lens.tolist()
     counts = [k.shape[-2]] * len(lengths)
     if cu_seqlens is not None:
@@ -170,6 +172,17 @@ def check_append_values(
                 )
 
 
+def _check_per_sequence(batch: int, **tensors: Tensor | None) -> None:
+    """Shapes of what the host is about to read, before an op could check them."""
+    shapes = dict(seq_lens=(batch,), block_table=(batch, None), cu_seqlens=(batch + 1,))
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dim() != len(shapes[name]) or tensor.shape[0] != shapes[name][0]:
+            size = "[B, max_pages]" if name == "block_table" else list(shapes[name])
+            raise ValueError(f"{name}: expected {size} with B = {batch}, got {list(tensor.shape)}")
+
+
 def _check_offsets(name: str, offsets: Tensor, total: int) -> list[int]:
     """Checks token offsets; returns the lengths between them."""
     values = offsets.tolist()
@@ -181,6 +194,7 @@ def _check_offsets(name: str, offsets: Tensor, total: int) -> list[int]:
 
 def _check_pages(num_pages: int, page_size: int, block_table: Tensor, seq_lens: Tensor) -> int:
     """Checks lengths and the table entries that they cover; returns the keys of a full row."""
+    _check_per_sequence(block_table.shape[0], seq_lens=seq_lens, block_table=block_table)
     capacity = block_table.shape[1] * page_size
     tables = block_table.tolist()
     for b, (length, pages) in enumerate(zip(seq_lens.tolist(), tables, strict=True)):

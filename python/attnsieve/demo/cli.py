@@ -13,6 +13,8 @@ from pathlib import Path
 from attnsieve.demo.errors import DemoError
 
 DEFAULT_TEXT_OFFSET = 20_000
+# The keys of decode.DECODE_FAMILIES, which is imported with transformers.
+_DECODE_FAMILIES = ("quest", "tidaldecode", "delta", "recycled", "tokenselect")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,6 +64,25 @@ def parser() -> argparse.ArgumentParser:
         help="F of the threshold lambda = F / length",
     )
     options.add_argument(
+        "--decode-methods",
+        nargs="*",
+        choices=_DECODE_FAMILIES,
+        default=_DECODE_FAMILIES,
+        help="what to run in decode steps beside a dense row (default: all; none: no such rows)",
+    )
+    options.add_argument(
+        "--decode-budgets",
+        nargs="+",
+        type=_fraction,
+        default=[0.125, 0.0625],
+        help="kept keys of a decode step as fractions of the length",
+    )
+    options.add_argument(
+        "--decode-tokens",
+        type=_positive,
+        help="steps per decode row (default: one in 64 tokens of the length, at most 64)",
+    )
+    options.add_argument(
         "--repeats",
         type=_positive,
         help="timed runs per row, median taken (default: up to 5 within 5 seconds)",
@@ -106,7 +127,7 @@ def _run(options: argparse.Namespace) -> None:
 
     models.require("transformers", *([] if options.no_plot else ["matplotlib"]))
     try:
-        from attnsieve.demo import measure, plan, report
+        from attnsieve.demo import decode, measure, plan, report
         from attnsieve.integrations.transformers import register
     except ImportError as error:
         raise DemoError(f"transformers cannot be imported: {models.first_line(error)}") from error
@@ -123,6 +144,8 @@ def _run(options: argparse.Namespace) -> None:
     register()
 
     total = 1 + plan.count_rows(options.methods, options.budgets, options.threshold_scales)
+    total += decode.count_decode_rows(options.decode_methods, options.decode_budgets)
+    steps = options.decode_tokens or decode.steps_of(options.length)
     results: list[measure.Result] = []
     scores = plan.PooledScores()
     with report.progress(total) as step:
@@ -148,6 +171,10 @@ def _run(options: argparse.Namespace) -> None:
             options.methods, options.budgets, options.threshold_scales, scores
         ):
             add(row)
+        decoded = []
+        if options.decode_methods:
+            families, budgets = options.decode_methods, options.decode_budgets
+            decoded = decode.measure_decode(subject, ids, families, budgets, steps, step)
 
     for result in results:
         result.speedup_vs_sdpa = results[0].attention_ms / result.attention_ms
@@ -170,9 +197,20 @@ def _run(options: argparse.Namespace) -> None:
         f"{subject.name}, {options.length} tokens, {settings['dtype']}, {settings['device']}, "
         f"{layers} layers"
     )
-    report.print_table(title, results, _notes(options, results))
+    report.print_table(title, report.COLUMNS, map(report.cells, results), _notes(options))
+    if decoded:
+        report.print_table(
+            f"decode steps, batch 1: the last {steps} tokens",
+            report.DECODE_COLUMNS,
+            map(report.decode_cells, decoded),
+            [
+                "perplexity: of the tokens that follow the steps, after a dense prefill. ms/token:",
+                "medians of one step. tokens/s and vs dense: of the whole model.",
+            ],
+        )
+        settings["decode_tokens"] = steps
     if json_file is not None:
-        report.write_json(json_file, settings, results)
+        report.write_json(json_file, settings, results, decoded)
         print(f"JSON written to {json_file}")
     if picture is not None:
         from attnsieve.demo.plot import write_plot
@@ -181,7 +219,7 @@ def _run(options: argparse.Namespace) -> None:
         print(f"picture written to {picture}")
 
 
-def _notes(options: argparse.Namespace, results) -> list[str]:
+def _notes(options: argparse.Namespace) -> list[str]:
     notes = [
         "density: kept share of the causal query-key pairs. attn ms: selection and attention",
         "over all layers of one forward pass (total ms). perplexity: all positions.",

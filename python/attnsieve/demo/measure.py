@@ -92,10 +92,10 @@ class Meter(Method):
             raise NotImplementedError("the demo measures causal language models")
         mask = dict(causal=causal, window=window, softmax_scale=softmax_scale)
         seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-        begin = _mark(q.device)
+        begin = mark(q.device)
         if isinstance(self.method, BlockMethod):
             index = self.method.select(q, k, layer_idx=layer_idx, **mask)
-            selected = _mark(q.device)
+            selected = mark(q.device)
             out = block_sparse_attention(q, k, v, index, sink=sink, **mask)
             kept = dict(causal=causal, window=window)
             self.kept.append(lambda: float(index.density(seqlen_q, seqlen_k, **kept)))
@@ -116,24 +116,25 @@ class Meter(Method):
             selected = begin
             out = self.method(q, k, v, sink=sink, layer_idx=layer_idx, **mask)
             self.kept.append(lambda: 1.0)
-        end = _mark(q.device)
+        end = mark(q.device)
         self.marks.append((begin, selected, end))
         if self.observe is not None:
             self.observe(q, k, softmax_scale)
-            self.pauses.append((end, _mark(q.device)))
+            self.pauses.append((end, mark(q.device)))
         return out
 
     def times_ms(self) -> tuple[float, float, float]:
         """Selection, selection with attention, and time spent observing, over all calls."""
-        select = sum(_elapsed_ms(a, b) for a, b, _ in self.marks)
-        attention = sum(_elapsed_ms(a, c) for a, _, c in self.marks)
-        return select, attention, sum(_elapsed_ms(a, b) for a, b in self.pauses)
+        select = sum(elapsed_ms(a, b) for a, b, _ in self.marks)
+        attention = sum(elapsed_ms(a, c) for a, _, c in self.marks)
+        return select, attention, sum(elapsed_ms(a, b) for a, b in self.pauses)
 
     def density(self) -> float:
         return statistics.fmean(kept() for kept in self.kept)
 
 
-def _mark(device: torch.device):
+def mark(device: torch.device):
+    """A point in time on ``device``, for :func:`elapsed_ms`."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -141,7 +142,8 @@ def _mark(device: torch.device):
     return event
 
 
-def _elapsed_ms(begin, end) -> float:
+def elapsed_ms(begin, end) -> float:
+    """Milliseconds between two marks; on a GPU after it has reached both."""
     if isinstance(begin, float):
         return (end - begin) * 1e3
     return begin.elapsed_time(end)
@@ -201,12 +203,12 @@ def measure(
 def _forward(subject: Subject, ids: Tensor, meter: Meter) -> tuple[Tensor, float]:
     """Hidden states ``[L, hidden]`` of the decoder and the pass's time in milliseconds."""
     with use(meter, subject.model), torch.inference_mode():
-        begin = _mark(ids.device)
+        begin = mark(ids.device)
         hidden = subject.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        end = _mark(ids.device)
+        end = mark(ids.device)
     if ids.device.type == "cuda":
         torch.cuda.synchronize(ids.device)
-    return hidden, _elapsed_ms(begin, end)
+    return hidden, elapsed_ms(begin, end)
 
 
 @torch.inference_mode()

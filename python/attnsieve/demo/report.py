@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from attnsieve.demo.decode import DecodeResult
 from attnsieve.demo.measure import Result
 
 COLUMNS = (
@@ -20,6 +21,15 @@ COLUMNS = (
     "vs dense",
     "vs SDPA",
     "total ms",
+)
+DECODE_COLUMNS = (
+    "method",
+    "budget",
+    "perplexity",
+    "attn ms/token",
+    "ms/token",
+    "tokens/s",
+    "vs dense",
 )
 
 
@@ -70,12 +80,27 @@ def cells(result: Result) -> tuple[str, ...]:
     )
 
 
+def decode_cells(result: DecodeResult) -> tuple[str, ...]:
+    """A decode result as the texts of one table row."""
+    return (
+        result.method,
+        result.budget,
+        f"{result.perplexity:.3f}",
+        _milliseconds(result.attention_ms),
+        _milliseconds(result.total_ms),
+        f"{result.tokens_per_s:.1f}",
+        f"{result.speedup_vs_dense:.2f}x",
+    )
+
+
 def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def print_table(title: str, results: Sequence[Result], notes: Sequence[str]) -> None:
-    """The table and its notes on stdout."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str]
+) -> None:
+    """A table and its notes on stdout; the first two columns are left-aligned."""
     if _has_rich():
         from rich import box
         from rich.console import Console
@@ -83,19 +108,19 @@ def print_table(title: str, results: Sequence[Result], notes: Sequence[str]) -> 
 
         # Without padding the columns fit a terminal of 80.
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-        for column in COLUMNS:
+        for column in columns:
             left = column in ("method", "budget")
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
-        for result in results:
-            table.add_row(*cells(result))
+        for row in rows:
+            table.add_row(*row)
         console = Console()
         console.print(title, highlight=False)
         console.print(table)
     else:
-        rows = [COLUMNS, *(cells(result) for result in results)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [columns, *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         print(title)
-        for row in rows:
+        for row in lines:
             texts = (
                 text.ljust(width) if place < 2 else text.rjust(width)
                 for place, (text, width) in enumerate(zip(row, widths, strict=True))
@@ -105,7 +130,11 @@ def print_table(title: str, results: Sequence[Result], notes: Sequence[str]) -> 
         print(f"  {note}")
 
 
-def write_json(path: Path, settings: dict, results: Sequence[Result]) -> None:
-    """``settings`` and the rows as one JSON object."""
+def write_json(
+    path: Path, settings: dict, results: Sequence[Result], decoded: Sequence[DecodeResult]
+) -> None:
+    """``settings``, the rows and the decode rows, where there are any, as one JSON object."""
     record = {**settings, "rows": [result.as_dict() for result in results]}
+    if decoded:
+        record["decode_rows"] = [result.as_dict() for result in decoded]
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

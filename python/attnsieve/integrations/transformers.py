@@ -1,20 +1,26 @@
 """attnsieve as an attention implementation of Hugging Face transformers (5.x).
 
     from attnsieve.integrations.transformers import register, use
-    from attnsieve.methods import PooledTopP
+    from attnsieve.methods import PooledTopP, Quest
 
     register()
-    model.set_attn_implementation("attnsieve")    # dense attention through attnsieve
-    with use(PooledTopP(0.95, local_blocks=1)):   # sparse prefill, dense decode
+    model.set_attn_implementation("attnsieve")         # dense attention through attnsieve
+    with use(PooledTopP(0.95), decode=Quest(k=2048)):  # sparse prefill, sparse decode steps
         model.generate(**inputs)
 
 Two functions are registered, because transformers drops padding silently for an implementation
 that has only the first: :func:`attention` computes one layer, :func:`attention_mask` says which
 keys exist. Padded batches are computed sequence by sequence, without the padding.
 
+A decode step is a call of 1 to 8 new rows after cached keys, in a layer without sliding window; the
+others, and all where no decode method is chosen, are dense below a method's ``min_seqlen_q``. Keys
+come from any cache of transformers, or from the pages of
+:class:`attnsieve.integrations.transformers_cache.AttnsievePagedCache`.
+
 Anything that would change the result and is not implemented raises ``NotImplementedError`` with the
 feature's name: gradients, dropout, logit soft-capping, position biases, attention weights as an
-output, packed sequences, custom masks, chunked and bidirectional-window attention, paged caches.
+output, packed sequences, custom masks, chunked and bidirectional-window attention, the paged caches
+of continuous batching.
 """
 
 from __future__ import annotations
@@ -36,13 +42,25 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from attnsieve.methods import Dense, Method
+from attnsieve.cache import CachedKV
+from attnsieve.integrations.transformers_cache import PagedStates
+from attnsieve.methods import MAX_DECODE_ROWS, DecodeMethod, Dense, DenseDecode, Method
+from attnsieve.ops import block_sparse_attention
 
 __all__ = ["attention", "attention_mask", "current_method", "register", "set_method", "use"]
 
-_DENSE = Dense()
-_method: Method | None = None
-_method_of_module: WeakKeyDictionary[nn.Module, Method | None] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Choice:
+    """What :func:`set_method` was given; None is dense."""
+
+    prefill: Method | None = None
+    decode: DecodeMethod | None = None
+
+
+_DENSE, _DENSE_DECODE = Dense(), DenseDecode()
+_choice = _Choice()
+_choice_of_module: WeakKeyDictionary[nn.Module, _Choice] = WeakKeyDictionary()
 
 
 def register(name: str = "attnsieve") -> None:
@@ -64,42 +82,60 @@ def register(name: str = "attnsieve") -> None:
         interface.register(name, function)
 
 
-def set_method(method: Method | None, model: nn.Module | None = None) -> None:
+def set_method(
+    method: Method | None = None,
+    model: nn.Module | None = None,
+    *,
+    decode: DecodeMethod | None = None,
+) -> None:
     """Chooses how attention is computed from now on; None is dense.
 
     Without ``model`` the choice is the process's, for every model that has none of its own, in all
     threads. With ``model`` it holds for this model (or part of one: any module).
+
+    Args:
+        method: prefill. decode: decode steps. A decode method remembers what it reuses, so it
+            serves one model at a time; a prefill resets it. Beam search moves sequences to other
+            places of the batch, where the lists and bounds of their former ones would serve them.
     """
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method must be an attnsieve.methods.Method, got {method!r}")
+    if decode is not None and not isinstance(decode, DecodeMethod):
+        raise TypeError(f"decode must be an attnsieve.methods.DecodeMethod, got {decode!r}")
+    choice = _Choice(method, decode)
     if model is None:
-        global _method
-        _method = method
+        global _choice
+        _choice = choice
     else:
         for module in model.modules():
-            _method_of_module[module] = method
+            _choice_of_module[module] = choice
 
 
 @contextmanager
-def use(method: Method | None, model: nn.Module | None = None) -> Iterator[None]:
+def use(
+    method: Method | None = None,
+    model: nn.Module | None = None,
+    *,
+    decode: DecodeMethod | None = None,
+) -> Iterator[None]:
     """:func:`set_method` for the length of a ``with`` block; what held before comes back."""
     modules = [] if model is None else list(model.modules())
-    before = {m: _method_of_module[m] for m in modules if m in _method_of_module}
-    before_all = _method
-    set_method(method, model)
+    before = {m: _choice_of_module[m] for m in modules if m in _choice_of_module}
+    before_all = _choice
+    set_method(method, model, decode=decode)
     try:
         yield
     finally:
         if model is None:
-            set_method(before_all)
+            set_method(before_all.prefill, decode=before_all.decode)
         for module in modules:
-            _method_of_module.pop(module, None)
-        _method_of_module.update(before)
+            _choice_of_module.pop(module, None)
+        _choice_of_module.update(before)
 
 
 def current_method(module: nn.Module) -> Method:
     """The method that ``module`` runs in prefill: its model's, else the process's, else dense."""
-    return _method_of_module.get(module, _method) or _DENSE
+    return _choice_of_module.get(module, _choice).prefill or _DENSE
 
 
 def attention_mask(
@@ -176,7 +212,8 @@ def attention(
     """One layer's attention, in the form transformers calls: ``AttentionInterface``.
 
     Args:
-        query: ``[B, Hq, Sq, D]``; key, value: ``[B, Hkv, Sk, D]``, cached keys included.
+        query: ``[B, Hq, Sq, D]``; key, value: ``[B, Hkv, Sk, D]``, cached keys included, or what
+            stands for them in an ``AttnsievePagedCache``.
         attention_mask: what :func:`attention_mask` returned.
         sliding_window: a query sees itself and the ``sliding_window - 1`` keys before it.
         s_aux: attention sink logits, ``[Hq]``.
@@ -218,36 +255,59 @@ def attention(
         sink=s_aux.float() if s_aux is not None else None,
         layer_idx=getattr(module, "layer_idx", None),
     )
-    method = current_method(module)
+    choice = _choice_of_module.get(module, _choice)
     if attention_mask is None:
-        out = _attend(method, query, key, value, settings)
+        out = _attend(choice, query, key, value, settings)
         return out.transpose(1, 2).contiguous(), None
+    if isinstance(key, PagedStates):
+        _refuse("padded batches in an AttnsievePagedCache")
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     holes_allowed = sliding_window is None or sliding_window >= key.shape[2]
     for row in _rows(attention_mask, query.shape[2], key.shape[2], bool(causal), holes_allowed):
-        batch = slice(row.batch, row.batch + 1)
         part = _attend(
-            method,
-            query[batch, :, row.queries],
-            key[batch, :, row.keys],
-            value[batch, :, row.keys],
+            choice,
+            query[row.batch, :, row.queries],
+            key[row.batch, :, row.keys],
+            value[row.batch, :, row.keys],
             settings,
+            row.batch.start,
         )
-        out[batch, row.queries] = part.transpose(1, 2)
+        out[row.batch, row.queries] = part.transpose(1, 2)
     return out, None
 
 
-def _attend(method: Method, q: Tensor, k: Tensor, v: Tensor, settings: dict) -> Tensor:
-    if q.shape[2] < getattr(method, "min_seqlen_q", 0):
+def _attend(
+    choice: _Choice, q: Tensor, k: Tensor, v: Tensor, settings: dict, sequence: int = 0
+) -> Tensor:
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    step = seqlen_q <= MAX_DECODE_ROWS and seqlen_q < seqlen_k
+    if choice.decode is not None and not step:
+        choice.decode.reset()
+    method = choice.prefill or _DENSE
+    if seqlen_q < getattr(method, "min_seqlen_q", 0):
         method = _DENSE
-    return method(q, k, v, **settings)
+    paged = isinstance(k, PagedStates)
+    decode = choice.decode or (_DENSE_DECODE if paged and isinstance(method, Dense) else None)
+    if step and decode is not None and settings["causal"] and settings["window"] is None:
+        named = {name: settings[name] for name in ("layer_idx", "softmax_scale", "sink")}
+        if named["layer_idx"] is None:
+            _refuse("decode methods in a module without layer_idx")
+        return decode(q, k.cache if paged else CachedKV(k, v), sequence=sequence, **named)
+    if not paged:
+        return method(q, k, v, **settings)
+    if seqlen_q == seqlen_k:
+        return method(q, k.new, v.new, **settings)
+    if not isinstance(method, Dense):
+        _refuse("sparse prefill after keys in an AttnsievePagedCache")
+    masks = {name: x for name, x in settings.items() if name != "layer_idx"}
+    return block_sparse_attention(q, k.cache.k_cache, k.cache.v_cache, **k.cache.where, **masks)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """The queries and keys of one sequence of a batch: contiguous slices, or lists of positions."""
+    """The queries and keys of sequences of a batch: contiguous slices, or lists of positions."""
 
-    batch: int
+    batch: slice
     queries: slice | Tensor
     keys: slice | Tensor
 
@@ -256,6 +316,8 @@ def _rows(
     mask: Tensor, seqlen_q: int, seqlen_k: int, causal: bool, holes_allowed: bool
 ) -> list[_Row]:
     """What is left of each sequence without its padding; reads the mask on the host once a forward.
+
+    Sequences of which the same is left are one entry.
 
     The columns of ``mask`` are positions up to the last query. A longer key tensor is a static
     cache (its tail is unused), a shorter one a sliding cache (it holds the last positions). Keys
@@ -279,10 +341,17 @@ def _rows(
         if any(isinstance(p, slice) and p.start == p.stop for p in (queries, used)):
             continue
         on_device = [p.to(mask.device) if isinstance(p, Tensor) else p for p in (queries, used)]
-        rows.append(_Row(batch, *on_device))
+        rows.append(_Row(slice(batch, batch + 1), *on_device))
+    if len(rows) == len(host) and all(_alike(rows[0], row) for row in rows):
+        rows = [_Row(slice(0, len(host)), rows[0].queries, rows[0].keys)]
     # Layers of one forward share the mask tensor, so the host sync happens in the first one only.
     mask._attnsieve_rows = ((seqlen_q, seqlen_k, causal, holes_allowed), rows)
     return rows
+
+
+def _alike(a: _Row, b: _Row) -> bool:
+    slices = isinstance(a.queries, slice) and isinstance(a.keys, slice)
+    return slices and (a.queries, a.keys) == (b.queries, b.keys)
 
 
 def _positions(present: Tensor) -> slice | Tensor:

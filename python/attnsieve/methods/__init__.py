@@ -3,20 +3,39 @@
 A method is a small frozen dataclass, callable as described in :class:`Method`. Give one to
 ``attnsieve.integrations.transformers.use``. A new method is a short file in this folder; a new
 scorer is a subclass of :class:`BlockMethod` with one function, ``select``.
+
+Decode steps have methods of their own, :class:`DecodeMethod`: over a layer's cached keys, with what
+they remember in ``state``.
 """
 
 from attnsieve.methods.base import BlockMethod, Dense, Method
+from attnsieve.methods.decode import MAX_DECODE_ROWS, DecodeMethod, DenseDecode
+from attnsieve.methods.delta import Delta
+from attnsieve.methods.dsa import DSA
 from attnsieve.methods.oracle import OracleTopK, block_mass
 from attnsieve.methods.pooled import PooledTopK, PooledTopP
+from attnsieve.methods.quest import Quest
+from attnsieve.methods.recycled import Recycled
 from attnsieve.methods.threshold import Threshold
+from attnsieve.methods.tidaldecode import TidalDecode
+from attnsieve.methods.tokenselect import TokenSelect
 
 __all__ = [
+    "DSA",
+    "MAX_DECODE_ROWS",
     "BlockMethod",
+    "DecodeMethod",
+    "Delta",
     "Dense",
+    "DenseDecode",
     "Method",
     "OracleTopK",
     "PooledTopK",
     "PooledTopP",
+    "Quest",
+    "Recycled",
     "Threshold",
+    "TidalDecode",
+    "TokenSelect",
     "block_mass",
 ]

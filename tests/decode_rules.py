@@ -1,0 +1,79 @@
+"""The rules of the decode methods' papers, for one sequence and one new row, in plain torch.
+
+Arguments are q ``[Hq, D]`` and k ``[Hkv, T, D]``, best in float64; a rule returns a set of kept
+positions per query head. Softmaxes scale by 1/8, so D is 64.
+"""
+
+from __future__ import annotations
+
+import torch
+
+INDEX_DIM = 16
+
+
+def logits(q, k):
+    """[Hq, T], unscaled; query head h reads KV head h // G."""
+    group = q.shape[0] // k.shape[0]
+    return torch.stack([k[h // group] @ q[h] for h in range(q.shape[0])])
+
+
+def best(scores, count):
+    """Positions of the ``count`` largest, the smaller position first where they are equal."""
+    return set(sorted(range(len(scores)), key=lambda j: (-float(scores[j]), j))[:count])
+
+
+def tokens_of(pages, page_size, length):
+    return {j for u in pages for j in range(u * page_size, min((u + 1) * page_size, length))}
+
+
+def quest(q, k, budget, page_size):
+    length, kept = k.shape[1], []
+    for h in range(q.shape[0]):
+        pages = k[h // (q.shape[0] // k.shape[0])].split(page_size)
+        bound = [float(torch.maximum(q[h] * p.amax(0), q[h] * p.amin(0)).sum()) for p in pages]
+        chosen = best(bound[:-1], budget // page_size - 1) | {len(pages) - 1}
+        kept.append(tokens_of(chosen, page_size, length))
+    return kept
+
+
+def tidaldecode(q, k, budget):
+    return [best(row[:-1], budget) | {k.shape[1] - 1} for row in logits(q, k)]
+
+
+def delta(q, k, budget, page_size, recent):
+    length = k.shape[1]
+    token = torch.softmax(logits(q, k) / 8, -1).amax(0)
+    mass = [float(x.sum()) for x in token.split(page_size)]
+    last = set(range(max(len(mass) - recent, 0), len(mass)))
+    others = [m if u not in last else -1.0 for u, m in enumerate(mass)]
+    chosen = last | best(others, max(budget // page_size - len(last), 0))
+    return [tokens_of(chosen, page_size, length)] * q.shape[0]
+
+
+def recycled(q, k, budget):
+    weights, group = torch.softmax(logits(q, k) / 8, -1), q.shape[0] // k.shape[0]
+    return [best(weights[h // group * group :][:group].sum(0), budget) for h in range(q.shape[0])]
+
+
+def tokenselect(q, k, budget, init, local, scale):
+    length = k.shape[1]
+    middle = range(min(init, length), max(length - local, init))
+    chosen = set(range(length)) - set(middle)
+    if middle:
+        votes = torch.softmax(scale * logits(q, k)[:, middle.start : middle.stop], -1).sum(0)
+        chosen |= {middle.start + j for j in best(votes, budget)}
+    return [chosen] * q.shape[0]
+
+
+def index_inputs(layer_idx, q, cache):
+    """A stand-in for a trained indexer: 3 heads, keys and weights that the inputs determine."""
+    keys = cache.k_cache[..., :INDEX_DIM]
+    keys = keys[:, :1] if cache.block_table is None else keys[:, :, :1]
+    return dict(
+        q=q[:, :3, :, INDEX_DIM : 2 * INDEX_DIM], keys=keys, head_weights=q[:, :3, :, 40].float()
+    )
+
+
+def dsa(q, k, budget):
+    small, keys, weights = q[:3, INDEX_DIM : 2 * INDEX_DIM], k[0, :, :INDEX_DIM], q[:3, 40]
+    return [best(weights @ (small @ keys.T).relu(), budget)] * q.shape[0]
