@@ -34,7 +34,7 @@ DEVICES = ("cpu", pytest.param("cuda", marks=cuda_only))
 
 # attend has one kernel family per backend; this variable makes the library take that one and no
 # other. Cases and the `device` fixture force each family in turn.
-FORCE_BACKEND = "ATTNSIEVE_ATTEND_BACKEND"
+FORCE_BACKEND = "ATTNSIEVE_BACKEND"
 CUDA_BACKENDS = ("sm_80", "sm_90")
 BACKENDS = ("cpu", *CUDA_BACKENDS)
 

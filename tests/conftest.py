@@ -45,19 +45,13 @@ def _backend_params(backends) -> list:
 
 @pytest.fixture(params=_backend_params(BACKENDS))
 def device(request) -> str:
-    """The CPU, and the GPU once for each of its attend backends (forced by `_forced_backend`)."""
+    """The CPU, and the GPU once for each kernel family (forced by `_forced_backend`)."""
     return device_of(request.param)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=backend_marks("sm_80"))])
-def any_device(request) -> str:
-    """The CPU and the GPU once, for ops that have one CUDA backend."""
-    return request.param
 
 
 @pytest.fixture(params=_backend_params(CUDA_BACKENDS))
 def cuda_backend(request) -> str:
-    """For tests that only run on a GPU: the name of the forced attend backend."""
+    """For tests that only run on a GPU: the name of the forced kernel family."""
     return request.param
 
 

@@ -268,7 +268,7 @@ def test_cuda_head_dims(cuda_backend, head_dim):
 def test_forced_backend_that_does_not_exist(device, monkeypatch):
     if device == "cpu":
         pytest.skip("the CPU has one backend")
-    monkeypatch.setenv("ATTNSIEVE_ATTEND_BACKEND", "sm_10")
+    monkeypatch.setenv("ATTNSIEVE_BACKEND", "sm_10")
     with pytest.raises((*MALFORMED, NotImplementedError), match="sm_10"):
         call(**arguments(device))
 

@@ -137,22 +137,22 @@ def test_index_above_2g_entries():
         assert_bitwise(out[:, -1:, block], expected, f"row {row} of the last list")
 
 
-def test_caches_above_2g_elements(any_device):
+def test_caches_above_2g_elements(device):
     """append_kv, proxy_scores and decode over two pages more than 2**31 elements apart."""
-    need_gib(any_device, 1 if any_device == "cpu" else 10)  # the CPU never touches what is between
+    need_gib(device, 1 if device == "cpu" else 10)  # the CPU never touches what is between
     size = 2**31 + 2**13
-    far = [torch.empty(size, dtype=torch.float16, device=any_device) for _ in range(2)]
+    far = [torch.empty(size, dtype=torch.float16, device=device) for _ in range(2)]
     far = [x.as_strided((2, 16, 2, 64), (2**31 + 2048, 128, 64, 1)) for x in far]
-    near = [torch.zeros(2, 16, 2, 64, dtype=torch.float16, device=any_device) for _ in range(2)]
+    near = [torch.zeros(2, 16, 2, 64, dtype=torch.float16, device=device) for _ in range(2)]
     sizes = ((2, 27), (2, 28), (4, 1))
-    k, v, q = (randn((1, h, n, 64), torch.float16, any_device, h + n) for h, n in sizes)
+    k, v, q = (randn((1, h, n, 64), torch.float16, device, h + n) for h, n in sizes)
     where = dict(
-        block_table=torch.tensor([[1, 0]], dtype=torch.int32, device=any_device),
-        seq_lens=torch.tensor([27], dtype=torch.int32, device=any_device),
+        block_table=torch.tensor([[1, 0]], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([27], dtype=torch.int32, device=device),
     )
     results = []
     for caches in (far, near):
-        bounds = torch.zeros(2, 2, 2, 64, dtype=torch.float16, device=any_device)
+        bounds = torch.zeros(2, 2, 2, 64, dtype=torch.float16, device=device)
         attnsieve.append_kv(k, v[:, :, 1:], *caches, bounds=bounds, **where)
         scores = attnsieve.proxy_scores(q, caches[0], **where)
         results.append((bounds, scores, attnsieve.decode(q, *caches, **where)))
@@ -160,12 +160,12 @@ def test_caches_above_2g_elements(any_device):
     assert_bitwise(far[0][1], k[0, :, :16].transpose(0, 1))
 
 
-def test_decode_of_one_million_keys(any_device):
+def test_decode_of_one_million_keys(device):
     """Everything, and the 4096 tokens that score best of 2**20."""
-    need_gib(any_device, 4)
-    dtype, keys = DTYPES[any_device][-1], 1_048_576
-    q, k = randn((1, 4, 1, 64), dtype, any_device), randn((1, 2, keys, 64), dtype, any_device, 1)
-    v = randn((1, 2, keys, 64), dtype, any_device, 2)
+    need_gib(device, 4)
+    dtype, keys = DTYPES[device][-1], 1_048_576
+    q, k = randn((1, 4, 1, 64), dtype, device), randn((1, 2, keys, 64), dtype, device, 1)
+    v = randn((1, 2, keys, 64), dtype, device, 2)
     scores = torch.einsum("hqd,hkd->hqk", q[0].double().view(2, 2, 64), k[0].double()) / 8
     out, lse = attnsieve.decode(q, k, v, return_lse=True)
     bounds = dict(rtol=2e-3, atol=2e-3)

@@ -7,7 +7,7 @@ import torch
 
 import attnsieve
 from attnsieve import TokenIndex, reference_decode
-from cases import BAD_IDS, DTYPES, backend_marks, pairwise, randn
+from cases import BACKENDS, BAD_IDS, DTYPES, backend_marks, device_of, pairwise, randn
 from layouts import deal_pages, fill_pages
 from numerics import assert_attention_close, assert_bitwise, pytorch_same_dtype
 from token_lists import OnDevice
@@ -50,10 +50,10 @@ def seen_keys(index, heads, rows, lengths, capacity, causal, begins):
 
 
 @pytest.fixture
-def op(any_device):
+def op(device):
     """decode on a device, operands and results on the CPU; `dtype` is the finest it takes there."""
-    functions = OnDevice(attnsieve, any_device)
-    functions.dtype = DTYPES[any_device][0]
+    functions = OnDevice(attnsieve, device)
+    functions.dtype = DTYPES[device][0]
     return functions
 
 
@@ -64,11 +64,11 @@ def assert_close(got, want):
         torch.testing.assert_close(x.double(), y.double(), rtol=bound, atol=bound)
 
 
-def cases_of(device, head_dims):
-    return [
-        pytest.param(device, pick, marks=[] if device == "cpu" else backend_marks("sm_80"))
-        for pick in pairwise(**FACTORS, dtype=DTYPES[device], head_dim=head_dims)
-    ]
+def cases_of(backend):
+    """`device` names the backend: the fixture that forces it looks there."""
+    head_dims = (16, 64, 128, 256) if backend == "cpu" else (64, 128)
+    picks = pairwise(**FACTORS, dtype=DTYPES[device_of(backend)], head_dim=head_dims)
+    return [pytest.param(backend, pick, marks=backend_marks(backend)) for pick in picks]
 
 
 FACTORS = dict(
@@ -87,7 +87,7 @@ FACTORS = dict(
 )
 
 
-CASES = [*cases_of("cpu", (16, 64, 128, 256)), *cases_of("cuda", (64, 128))]
+CASES = [case for backend in BACKENDS for case in cases_of(backend)]
 PLAIN = dict(per_row=False, dense=None, sink=False, causal=True, float8=False, num_splits=0)
 
 
@@ -140,7 +140,7 @@ def build(pick, seed=0):
 @pytest.mark.parametrize("device, pick", CASES, ids=[str(i) for i in range(len(CASES))])
 def test_decode_equals_masked_attention(device, pick):
     arguments, options, (q, k, v, seen) = build(pick)
-    got = OnDevice(attnsieve, device).decode(*arguments, **options, return_lse=True)
+    got = OnDevice(attnsieve, device_of(device)).decode(*arguments, **options, return_lse=True)
     ref = reference_decode.decode(*arguments, **options, return_lse=True)
     pt = pytorch_same_dtype(q, k, v, seen.long(), sink=options.get("sink"))
     assert_attention_close(*got, ref, pt, str(pick))

@@ -177,6 +177,25 @@ def test_repeats_are_the_same_bits(op, lists, columns):
         assert_bitwise(passed, expected[1][1], f"turn {turn}")
 
 
+@pytest.mark.slow
+def test_soak_of_shared_lists(cuda_backend):
+    """100,000 launches in four streams of lists that several CTAs share, ties in most of them."""
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    inputs = [scores_of(kind, (2 + kind, 1, LONG)).cuda() for kind in (0, 1, 2, 3)]
+    expected = [attnsieve.select_topk(scores, 2048).indices for scores in inputs]
+    for want, scores in zip(expected, inputs, strict=True):
+        assert_bitwise(want.cpu(), by_stable_sort(scores.cpu(), 2048))
+    differ = [torch.zeros((), dtype=torch.bool, device="cuda") for _ in streams]
+    torch.cuda.synchronize()
+    for _ in range(25_000):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got = attnsieve.select_topk(inputs[i], 2048).indices
+                differ[i] |= (got != expected[i]).any()
+    torch.cuda.synchronize()
+    assert not any(differ)
+
+
 @pytest.mark.parametrize("columns", [5000, LONG])
 def test_graph_replay_with_new_scores_lengths_and_tables(cuda_backend, columns):
     scores, lens = randn((4, 2, columns), device="cuda"), torch.full((4,), columns).int().cuda()

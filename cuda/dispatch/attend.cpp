@@ -1,7 +1,6 @@
 // attend on CUDA: run-time values -> one compiled kernel.
 #include <cuda_runtime.h>
 
-#include <cstdlib>
 #include <string>
 #include <type_traits>
 
@@ -12,15 +11,6 @@
 
 namespace attnsieve::cuda {
 namespace {
-
-// The family that the user wishes for, or the only one that this build has.
-const char* forced_backend() {
-  const char* wish = std::getenv("ATTNSIEVE_ATTEND_BACKEND");
-#if !ATTNSIEVE_SM90
-  if (wish == nullptr || wish[0] == '\0') return backend_name(Backend::kSm80);
-#endif
-  return wish;
-}
 
 void check_sizes(const AttendProblem& problem) {
   // Kernels add two positions in 32 bits (kMaxTokens of work_tile.cuh).
@@ -111,8 +101,8 @@ void attend_on(Backend backend, const AttendProblem& problem, const DeviceInfo& 
 }  // namespace
 
 size_t attend_workspace_bytes(const AttendProblem& problem) {
-  const DeviceInfo device = current_device();
-  const Backend backend = choose_attend_backend(problem, device, forced_backend());
+  const DeviceInfo device = dispatch_device();
+  const Backend backend = choose_attend_backend(problem, device);
   if (backend != Backend::kSm90 || problem.batch == 0 || problem.seqlen_q == 0) return 0;
   AttendProblem with_workspace = problem;
   with_workspace.workspace = &with_workspace;
@@ -122,8 +112,8 @@ size_t attend_workspace_bytes(const AttendProblem& problem) {
 }
 
 void attend(const AttendProblem& problem, void* stream) {
-  const DeviceInfo device = current_device();
-  const Backend backend = choose_attend_backend(problem, device, forced_backend());
+  const DeviceInfo device = dispatch_device();
+  const Backend backend = choose_attend_backend(problem, device);
   check_sizes(problem);
   zero_counters(problem, stream);
   if (problem.batch == 0 || problem.seqlen_q == 0) return;

@@ -66,13 +66,13 @@ bool is_empty(const DecodeProblem& problem) {
 
 size_t decode_workspace_bytes(const DecodeProblem& problem) {
   if (is_empty(problem)) return 0;
-  return Workspace(plan_decode(problem, current_device_as_compiled()), problem.head_dim).bytes;
+  return Workspace(plan_decode(problem, dispatch_device()), problem.head_dim).bytes;
 }
 
 void decode(const DecodeProblem& problem, void* stream) {
   require_supported("decode", Backend::kSm80, problem.dtype, problem.head_dim);
   if (is_empty(problem)) return;
-  const DeviceInfo device = current_device_as_compiled();
+  const DeviceInfo device = dispatch_device();
   if (device.compute_capability < 80) {
     throw Unsupported("decode needs a GPU of compute capability 8.0 or newer");
   }

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstdlib>
 
 #include "cuda/common/cuda_check.h"
 
 namespace attnsieve::cuda {
+namespace {
 
 DeviceInfo current_device() {
   constexpr int kMaxDevices = 64;
@@ -32,12 +34,14 @@ DeviceInfo current_device() {
   return {capability, num_sms};
 }
 
-DeviceInfo current_device_as_compiled() {
+}  // namespace
+
+DeviceInfo dispatch_device() {
   DeviceInfo device = current_device();
 #if !ATTNSIEVE_SM90
   device.compute_capability = std::min(device.compute_capability, 89);
 #endif
-  return device;
+  return device_of_family(device, std::getenv("ATTNSIEVE_BACKEND"));
 }
 
 void set_device(int index) {

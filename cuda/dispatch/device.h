@@ -5,10 +5,9 @@
 
 namespace attnsieve::cuda {
 
-DeviceInfo current_device();
-
-// The same, but 8.9 at most where this build has no sm_90 kernels.
-DeviceInfo current_device_as_compiled();
+// What kernels are chosen for: the current device, taken for 8.9 at most where this build has no sm_90
+// kernels or the environment's ATTNSIEVE_BACKEND asks for sm_80.
+DeviceInfo dispatch_device();
 
 // Makes `index` current in this library's CUDA runtime, which is not the one torch links.
 void set_device(int index);

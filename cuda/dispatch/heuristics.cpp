@@ -5,26 +5,27 @@
 
 namespace attnsieve::cuda {
 
-Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& device,
-                              const char* forced) {
+DeviceInfo device_of_family(DeviceInfo device, const char* forced) {
+  if (forced == nullptr || forced[0] == '\0') return device;
+  const bool sm90 = std::strcmp(forced, backend_name(Backend::kSm90)) == 0;
+  if (!sm90 && std::strcmp(forced, backend_name(Backend::kSm80)) != 0) {
+    throw InvalidArgument(std::string("ATTNSIEVE_BACKEND: expected sm_80 or sm_90, got ") + forced);
+  }
+  if (sm90 && device.compute_capability != 90) {
+    throw Unsupported(
+        "the sm_90 kernels need a GPU of compute capability 9.0 and a build with them");
+  }
+  if (!sm90) device.compute_capability = std::min(device.compute_capability, 89);
+  return device;
+}
+
+Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& device) {
   if (device.compute_capability < 80) {
     throw Unsupported("attend needs a GPU of compute capability 8.0 or newer, got " +
                       std::to_string(device.compute_capability / 10) + "." +
                       std::to_string(device.compute_capability % 10));
   }
-  Backend best = Backend::kSm80;
-  if (device.compute_capability == 90) best = Backend::kSm90;
-  if (forced != nullptr && forced[0] != '\0') {
-    const bool sm90 = std::strcmp(forced, backend_name(Backend::kSm90)) == 0;
-    if (!sm90 && std::strcmp(forced, backend_name(Backend::kSm80)) != 0) {
-      throw InvalidArgument(std::string("ATTNSIEVE_ATTEND_BACKEND: expected sm_80 or sm_90, got ") +
-                            forced);
-    }
-    if (sm90 && best != Backend::kSm90) {
-      throw Unsupported("attend: the sm_90 kernels need a GPU of compute capability 9.0");
-    }
-    best = sm90 ? Backend::kSm90 : Backend::kSm80;
-  }
+  const Backend best = device.compute_capability == 90 ? Backend::kSm90 : Backend::kSm80;
   require_supported("attend", best, problem.dtype, problem.head_dim);
   return best;
 }

@@ -14,11 +14,13 @@ struct DeviceInfo {
   int num_sms = 0;
 };
 
-// The kernel family that runs `attend` on a device: the newest compiled one that serves the
-// problem. `forced` names a family instead (backend_name), for tests and comparisons; it throws
-// where that family cannot run. nullptr or "": no wish.
-Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& device,
-                              const char* forced = nullptr);
+// The device that kernels are chosen for where `forced` names a family (backend_name), for tests and
+// comparisons: sm_80 makes newer ones 8.9. nullptr or "": no wish. Throws for names that are none, and
+// for sm_90 on a device that cannot run it.
+DeviceInfo device_of_family(DeviceInfo device, const char* forced);
+
+// The kernel family that runs `attend` on a device: the newest that serves the problem.
+Backend choose_attend_backend(const AttendProblem& problem, const DeviceInfo& device);
 
 // Threads of a row-selection CTA: enough to cover the row, at most 256.
 int select_threads(int64_t num_k_blocks);

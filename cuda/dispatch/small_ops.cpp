@@ -23,15 +23,14 @@ void append_kv(const AppendKvProblem&, void*) {
 }
 
 size_t select_tokens_workspace_bytes(const TokenSelectProblem& problem) {
-  const sm80::SelectTokensPlan plan =
-      sm80::plan_select_tokens(problem, current_device_as_compiled());
+  const sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, dispatch_device());
   return sm80::select_tokens_workspace_bytes(problem.batch * problem.seqlen_q * problem.num_lists,
                                              plan.parts);
 }
 
 void select_tokens(const TokenSelectProblem& problem, void* stream) {
   check_token_select(problem);
-  sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, current_device_as_compiled());
+  sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, dispatch_device());
 #if ATTNSIEVE_SM90
   if (plan.ranks > 1) return sm90::launch_select_tokens(problem, plan.ranks, stream);
 #endif

@@ -19,11 +19,16 @@ AttendProblem problem_of(DType dtype, int64_t head_dim) {
   return problem;
 }
 
+Backend choose(const AttendProblem& problem, int compute_capability, const char* forced = nullptr) {
+  return cuda::choose_attend_backend(problem,
+                                     cuda::device_of_family({compute_capability, 108}, forced));
+}
+
 // The text of the refusal, "" where a backend is chosen.
 std::string refusal(DType dtype, int64_t head_dim, int compute_capability,
                     const char* forced = nullptr) {
   try {
-    cuda::choose_attend_backend(problem_of(dtype, head_dim), {compute_capability}, forced);
+    choose(problem_of(dtype, head_dim), compute_capability, forced);
     return "";
   } catch (const Unsupported& error) {
     return error.what();
@@ -49,10 +54,9 @@ void backends() {
           CHECK(best == Backend::kSm90 ? text.empty() : contains(text, missing));
           continue;
         }
-        CHECK(cuda::choose_attend_backend(problem, {compute_capability}) == best);
-        CHECK(cuda::choose_attend_backend(problem, {compute_capability}, "") == best);
-        CHECK(cuda::choose_attend_backend(problem, {compute_capability}, "sm_80") ==
-              Backend::kSm80);
+        CHECK(choose(problem, compute_capability) == best);
+        CHECK(choose(problem, compute_capability, "") == best);
+        CHECK(choose(problem, compute_capability, "sm_80") == Backend::kSm80);
         const std::string forced = refusal(dtype, head_dim, compute_capability, "sm_90");
         CHECK(compute_capability == 90 ? forced.empty() : contains(forced, "9.0"));
       }
@@ -81,7 +85,7 @@ void backends() {
   check::context = "a backend that does not exist";
   bool refused = false;
   try {
-    cuda::choose_attend_backend(problem_of(DType::kFloat16, 64), {90}, "sm_100");
+    choose(problem_of(DType::kFloat16, 64), 90, "sm_100");
   } catch (const InvalidArgument& error) {
     refused = contains(error.what(), "sm_100") && contains(error.what(), "sm_90");
   }
