@@ -54,6 +54,10 @@ std::vector<KernelEntry> kernel_table() {
   append(table, "merge_states sm_80", sm80::merge_states_entries());
   append(table, "select_blocks sm_80", sm80::select_blocks_entries());
   append(table, "select_tokens sm_80", sm80::select_tokens_entries());
+  append(table, "proxy_scores sm_80 float32", sm80::proxy_scores_entries<float>());
+  append(table, "proxy_scores sm_80 float16", sm80::proxy_scores_entries<__half>());
+  append(table, "proxy_scores sm_80 bfloat16", sm80::proxy_scores_entries<__nv_bfloat16>());
+  append(table, "append_kv sm_80", sm80::append_kv_entries());
   return table;
 }
 

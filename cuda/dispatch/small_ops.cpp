@@ -19,14 +19,6 @@ void decode(const DecodeProblem&, void*) {
   throw Unsupported("decode has no CUDA kernel; supported: cpu");
 }
 
-void proxy_scores(const ProxyScoresProblem&, void*) {
-  throw Unsupported("proxy_scores has no CUDA kernel; supported: cpu");
-}
-
-void append_kv(const AppendKvProblem&, void*) {
-  throw Unsupported("append_kv has no CUDA kernel; supported: cpu");
-}
-
 size_t select_tokens_workspace_bytes(const TokenSelectProblem& problem) {
   const sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, current_device().num_sms);
   return sm80::select_tokens_workspace_bytes(problem.batch * problem.seqlen_q * problem.num_lists,

@@ -39,6 +39,8 @@ size_t attend_workspace_bytes(const AttendProblem& problem);
 // `stream` is a cudaStream_t of the current device.
 void attend(const AttendProblem& problem, void* stream);
 void decode(const DecodeProblem& problem, void* stream);
+// Device memory that a softmax needs.
+size_t proxy_scores_workspace_bytes(const ProxyScoresProblem& problem);
 void proxy_scores(const ProxyScoresProblem& problem, void* stream);
 void append_kv(const AppendKvProblem& problem, void* stream);
 void merge_states(const MergeProblem& problem, void* stream);
