@@ -23,12 +23,6 @@ inline constexpr int kPieceElements = 8;
 inline constexpr int kMaxPieces = 256 / kPieceElements;  // of a row
 inline constexpr int kProjectedRows = 8;  // at a time
 
-__device__ __forceinline__ float min_nan(float a, float b) {
-  float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
 // 8 elements that lie side by side, 16-byte aligned.
 template <class Element>
 struct alignas(16) Piece {
