@@ -21,6 +21,7 @@ GUARD = 7.0  # what memory holds before; exact in every type
 def op(device):
     return CacheOps(device)
 
+
 CASES = pairwise(
     dtype=DTYPES["cpu"],
     float8=(False, True),

@@ -22,6 +22,7 @@ REDUCTIONS = (None, "max", "mean", "sum")
 def op(device):
     return CacheOps(device)
 
+
 CASES = pairwise(
     dtype=DTYPES["cpu"],
     codes=(None, E4M3, torch.int8),
