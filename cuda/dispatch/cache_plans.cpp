@@ -29,10 +29,10 @@ bool is_streamed(const ProxyScoresProblem& problem, const ProxyScoresPlan& plan)
 }
 
 void plan_stream(const ProxyScoresProblem& problem, int num_sms, ProxyScoresPlan* plan) {
-  // A warp keeps its queries for several steps, yet there are several times as many warps as fit
-  // the device: the lengths of sequences differ, and only the device knows them. Not yet measured.
-  constexpr int64_t kWaves = 4;
-  constexpr int64_t kMaxSteps = 8;
+  // A warp keeps its queries for several steps, and looks up the next one's places meanwhile. Longer
+  // problems still get several waves of CTAs: the lengths of sequences differ, and only the device
+  // knows them. Not yet measured.
+  constexpr int64_t kStepsOfWarp = 4;
   const int dim = static_cast<int>(problem.head_dim);
   plan->stream_dim = dim <= 32 ? 32 : dim <= 64 ? 64 : 128;
   const bool bounds = problem.element == ProxyElement::kBounds;
@@ -40,8 +40,10 @@ void plan_stream(const ProxyScoresProblem& problem, int num_sms, ProxyScoresPlan
   const int64_t sequence_steps = ceil_div(problem.units, plan->step_units);
   const int64_t all_steps = problem.batch * problem.num_key_heads * sequence_steps;
   const int64_t resident = int64_t{num_sms} * kStreamCtasPerSm * kStreamWarps;
-  plan->steps = static_cast<int>(
-      std::clamp<int64_t>(all_steps / std::max<int64_t>(1, kWaves * resident), 1, kMaxSteps));
+  const int64_t wave = std::max<int64_t>(1, resident) * kStepsOfWarp;
+  const int64_t waves = std::max<int64_t>(1, (all_steps + wave / 2) / wave);
+  plan->steps =
+      static_cast<int>(std::max<int64_t>(1, ceil_div(all_steps * kStepsOfWarp, waves * wave)));
   plan->stream_blocks =
       static_cast<int>(ceil_div(sequence_steps, int64_t{plan->steps} * kStreamWarps));
   plan->items = counted("work items", problem.batch * problem.num_key_heads * plan->stream_blocks);

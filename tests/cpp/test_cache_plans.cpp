@@ -33,7 +33,7 @@ void stream_plan(const ProxyScoresProblem& problem, int num_sms) {
   // Two rows of a tile, both sides: 16 loads a lane.
   CHECK(2 * tiles * sm80::stream_pieces(plan.stream_dim) * (bounds ? 2 : 1) == 16);
   const int64_t block = int64_t{plan.steps} * sm80::kStreamWarps * plan.step_units;
-  CHECK(plan.steps >= 1 && plan.stream_blocks * block >= problem.units);
+  CHECK(plan.steps >= 1 && plan.steps <= 6 && plan.stream_blocks * block >= problem.units);
   CHECK((plan.stream_blocks - 1) * block < problem.units);
   CHECK(plan.items == problem.batch * problem.num_key_heads * plan.stream_blocks);
 }

@@ -13,15 +13,18 @@
 
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "cuda/sm80/append_kv/segment.cuh"
 
 namespace attnsieve::sm80 {
 
 inline constexpr int kAppendThreads = 128;
-inline constexpr int kAppendCtasPerSm = 6;
+inline constexpr int kAppendCtasPerSm = 4;
 inline constexpr int kPieceElements = 8;
 inline constexpr int kMaxPieces = 256 / kPieceElements;  // of a row
 inline constexpr int kProjectedRows = 8;  // at a time
+inline constexpr int kRowsAtOnce = 2;  // of keys, so that their reads overlap
 
 // 8 elements that lie side by side, 16-byte aligned.
 template <class Element>
@@ -29,7 +32,7 @@ struct alignas(16) Piece {
   Element x[kPieceElements];
 };
 
-struct Codes {
+struct alignas(8) Codes {
   __nv_fp8_storage_t x[kPieceElements];
 };
 
@@ -71,16 +74,23 @@ class SegmentAppend {
       : a_(a), p_(a.problem), segment_(segment), head_(head), smem_(smem) {}
 
   __device__ void run() {
-    const bool bounded = p_.bounds.data != nullptr;
-    if (bounded) {
+    // The first row of v is under way while the keys are written.
+    const int64_t first_value = segment_.begin() + own_row();
+    Piece<Element> value;
+    if (owns(first_value)) value = load_new(p_.v, first_value);
+    if (p_.bounds.data == nullptr) {
+      append_keys(segment_.begin(), segment_.end(), false);
+    } else {
       const int64_t page = p_.bounds_page_size;
       for (int64_t first = segment_.page_begin(); first < segment_.end(); first += page) {
         if (first + page > segment_.begin()) append_keys(first, first + page, true);
       }
-    } else {
-      append_keys(segment_.begin(), segment_.end(), false);
     }
-    append_values();
+    for (int64_t j = first_value; owns(j); j += row_stride()) {
+      if (j > first_value) value = load_new(p_.v, j);
+      const int64_t at = place_in(p_.v_cache, j);
+      if (at >= 0) write(p_.v_cache, at, stored_of(value, p_.v_scale));
+    }
     if (p_.proxy.data == nullptr) return;
     const int group = static_cast<int>(p_.num_proxy_heads) / static_cast<int>(p_.num_kv_heads);
     for (int i = 0; i < group; ++i) project(head_ * group + i);
@@ -100,57 +110,72 @@ class SegmentAppend {
     return *reinterpret_cast<const Piece<Element>*>(row + own_piece() * kPieceElements);
   }
 
-  __device__ int64_t cached(const HeadTensor& cache, int64_t place, int64_t head, int64_t j) const {
+  // Whether position j is a new row whose piece the thread takes.
+  __device__ bool owns(int64_t j) const { return own_row() < row_stride() && j < segment_.end(); }
+
+  // Offset of row j of a head in a cache; negative where there is no place for it.
+  __device__ int64_t row_in(const HeadTensor& cache, int64_t head, int64_t j) const {
+    const int64_t place = segment_.place_of(j);
+    if (place < 0) return -1;
     return place * cache.stride_batch + head * cache.stride_head +
            segment_.row_of(j) * cache.stride_row;
   }
 
-  __device__ Codes codes_of(const Piece<Element>& piece, float scale) const {
-    Codes codes;
-#pragma unroll
-    for (int i = 0; i < kPieceElements; ++i) {
-      codes.x[i] =
-          __nv_cvt_float_to_fp8(__fdiv_rn(to_float(piece.x[i]), scale), __NV_SATFINITE, __NV_E4M3);
-    }
-    return codes;
+  // The same of the thread's piece of it.
+  __device__ int64_t place_in(const HeadTensor& cache, int64_t j) const {
+    const int64_t row = row_in(cache, head_, j);
+    return row < 0 ? row : row + own_piece() * kPieceElements;
   }
 
-  static __device__ float number_of(__nv_fp8_storage_t code) {
-    return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)));
-  }
+  // What a cache holds of a piece.
+  using Stored = std::conditional_t<kFloat8, Codes, Piece<Element>>;
 
-  // Writes the thread's piece of a new row; `numbers` becomes what the cache then holds.
-  __device__ void store(const HeadTensor& cache, const float* scale, int64_t at,
-                        const Piece<Element>& piece, float (&numbers)[kPieceElements]) const {
+  __device__ Stored stored_of(const Piece<Element>& piece, const float* scale) const {
     if constexpr (kFloat8) {
-      const Codes codes = codes_of(piece, scale[head_]);
+      Codes codes;
+#pragma unroll
+      for (int i = 0; i < kPieceElements; ++i) {
+        const float x = __fdiv_rn(to_float(piece.x[i]), scale[head_]);
+        codes.x[i] = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+      }
+      return codes;
+    } else {
+      return piece;
+    }
+  }
+
+  __device__ void write(const HeadTensor& cache, int64_t at, const Stored& stored) const {
+    if constexpr (kFloat8) {
       auto* to = static_cast<__nv_fp8_storage_t*>(cache.data) + at;
       if (a_.aligned_codes) {
-        *reinterpret_cast<uint2*>(to) = reinterpret_cast<const uint2&>(codes);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPieceElements; ++i) to[i] = codes.x[i];
+        *reinterpret_cast<Codes*>(to) = stored;
+        return;
       }
 #pragma unroll
-      for (int i = 0; i < kPieceElements; ++i) numbers[i] = number_of(codes.x[i]);
+      for (int i = 0; i < kPieceElements; ++i) to[i] = stored.x[i];
     } else {
-      *reinterpret_cast<Piece<Element>*>(static_cast<Element*>(cache.data) + at) = piece;
-#pragma unroll
-      for (int i = 0; i < kPieceElements; ++i) numbers[i] = to_float(piece.x[i]);
+      *reinterpret_cast<Stored*>(static_cast<Element*>(cache.data) + at) = stored;
     }
   }
 
-  __device__ void load_cached(const HeadTensor& cache, int64_t at,
-                              float (&numbers)[kPieceElements]) const {
+  __device__ Stored read(const HeadTensor& cache, int64_t at) const {
     if constexpr (kFloat8) {
       const auto* from = static_cast<const __nv_fp8_storage_t*>(cache.data) + at;
+      if (a_.aligned_codes) return *reinterpret_cast<const Codes*>(from);
+      Codes codes;
 #pragma unroll
-      for (int i = 0; i < kPieceElements; ++i) numbers[i] = number_of(from[i]);
+      for (int i = 0; i < kPieceElements; ++i) codes.x[i] = from[i];
+      return codes;
     } else {
-      const auto piece =
-          *reinterpret_cast<const Piece<Element>*>(static_cast<const Element*>(cache.data) + at);
-#pragma unroll
-      for (int i = 0; i < kPieceElements; ++i) numbers[i] = to_float(piece.x[i]);
+      return *reinterpret_cast<const Stored*>(static_cast<const Element*>(cache.data) + at);
+    }
+  }
+
+  static __device__ float number_of(const Stored& stored, int i) {
+    if constexpr (kFloat8) {
+      return __half2float(__half(__nv_cvt_fp8_to_halfraw(stored.x[i], __NV_E4M3)));
+    } else {
+      return to_float(stored.x[i]);
     }
   }
 
@@ -163,22 +188,29 @@ class SegmentAppend {
       bound.max[i] = negative_infinity();
     }
     last = min64(last, segment_.end());
-    const bool works = own_row() < row_stride();
-    const int piece = own_piece() * kPieceElements;
-    for (int64_t j = first + own_row(); works && j < last; j += row_stride()) {
-      const int64_t place = segment_.place_of(j);
-      if (place < 0) continue;
-      const int64_t at = cached(p_.k_cache, place, head_, j) + piece;
-      float numbers[kPieceElements];
-      if (j >= segment_.begin()) {
-        store(p_.k_cache, p_.k_scale, at, load_new(p_.k, j), numbers);
-      } else {
-        load_cached(p_.k_cache, at, numbers);
+    for (int64_t j = first + own_row(); owns(j) && j < last; j += kRowsAtOnce * row_stride()) {
+      int64_t at[kRowsAtOnce];
+      Stored rows[kRowsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const int64_t own = j + i * row_stride();
+        at[i] = own < last ? place_in(p_.k_cache, own) : -1;
+        if (at[i] < 0) continue;
+        if (own < segment_.begin()) {
+          rows[i] = read(p_.k_cache, at[i]);
+        } else {
+          rows[i] = stored_of(load_new(p_.k, own), p_.k_scale);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kPieceElements; ++i) {
-        bound.min[i] = min_nan(bound.min[i], numbers[i]);
-        bound.max[i] = max_nan(bound.max[i], numbers[i]);
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        if (at[i] < 0) continue;
+        if (j + i * row_stride() >= segment_.begin()) write(p_.k_cache, at[i], rows[i]);
+#pragma unroll
+        for (int e = 0; e < kPieceElements; ++e) {
+          bound.min[e] = min_nan(bound.min[e], number_of(rows[i], e));
+          bound.max[e] = max_nan(bound.max[e], number_of(rows[i], e));
+        }
       }
     }
     if (!bounded) return;
@@ -207,17 +239,6 @@ class SegmentAppend {
       }
       store_float(bounds.data, p_.bounds_dtype, to + d, min);
       store_float(bounds.data, p_.bounds_dtype, to + p_.bounds_stride_bound + d, max);
-    }
-  }
-
-  __device__ void append_values() const {
-    if (own_row() >= row_stride()) return;
-    for (int64_t j = segment_.begin() + own_row(); j < segment_.end(); j += row_stride()) {
-      const int64_t place = segment_.place_of(j);
-      if (place < 0) continue;
-      float numbers[kPieceElements];
-      const int64_t at = cached(p_.v_cache, place, head_, j) + own_piece() * kPieceElements;
-      store(p_.v_cache, p_.v_scale, at, load_new(p_.v, j), numbers);
     }
   }
 
@@ -253,7 +274,7 @@ class SegmentAppend {
     if (slice < slices) {
       const int64_t matrix = proxy_head * p_.projection.stride_head + first_column + column;
       const int end = min(dim, (slice + 1) * slice_dim);
-#pragma unroll 8
+#pragma unroll 16
       for (int d = slice * slice_dim; d < end; ++d) {
         const float x = load_float(p_.projection.data, p_.projection_dtype,
                                    matrix + d * p_.projection.stride_row);
@@ -270,13 +291,12 @@ class SegmentAppend {
     __syncthreads();
     for (int i = threadIdx.x; i < rows * columns; i += kAppendThreads) {
       const int row = i / columns;
-      const int64_t place = segment_.place_of(first + row);
-      if (place < 0) continue;
+      const int64_t to = row_in(p_.proxy, proxy_head, first + row);
+      if (to < 0) continue;
       float sum = 0.0f;
       for (int s = 0; s < slices; ++s) {
         sum += smem_.projection.sums[row][s * columns + i % columns];
       }
-      const int64_t to = cached(p_.proxy, place, proxy_head, first + row);
       store_float(p_.proxy.data, p_.proxy_dtype, to + first_column + i % columns, sum);
     }
     __syncthreads();

@@ -60,18 +60,20 @@ class ScoreStream {
   }
 
   __device__ void run() {
-    UnitPlace places[kBlocks];
-    find_places(first_, places);
+    int outer[kBlocks];  // of the lane's own units, not yet checked
+    find_outer(first_, outer);
     load_queries();
 #pragma unroll 1
     for (int step = first_; step < end_; step += kStreamWarps * kStepUnits) {
       unsigned candidates[kBlocks];  // a bit for the own unit of every lane
+      UnitPlace places[kBlocks];
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
+        places[block] = units_.place_of(step + block * kBlockUnits + own_unit(lane_), outer[block]);
         candidates[block] = __ballot_sync(kAllLanes, places[block].outer >= 0);
       }
       load_keys(places);
-      find_places(step + kStreamWarps * kStepUnits, places);
+      find_outer(step + kStreamWarps * kStepUnits, outer);
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         score_block(step + block * kBlockUnits, block, candidates[block]);
@@ -83,12 +85,12 @@ class ScoreStream {
   // In a block.
   static __device__ int own_unit(int lane) { return kTiles == 1 ? lane / 4 * 2 + lane % 2 : lane; }
 
-  __device__ void find_places(int step, UnitPlace (&places)[kBlocks]) const {
+  __device__ void find_outer(int step, int (&outer)[kBlocks]) const {
     const int own = own_unit(reread_lane_index());
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       const int unit = step + block * kBlockUnits + own;
-      places[block] = unit < end_ ? units_.place_of(unit) : UnitPlace{-1, 0};
+      outer[block] = unit < end_ ? units_.outer_of(unit) : -1;
     }
   }
 

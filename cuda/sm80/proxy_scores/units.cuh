@@ -32,16 +32,23 @@ class ScoredUnits {
 
   __device__ bool in_range(int unit) const { return unit >= begin_ && unit < end_; }
 
-  // Of a unit in [0, problem.units): nowhere unless it is a candidate.
-  __device__ UnitPlace place_of(int unit) const {
-    constexpr UnitPlace kNowhere{-1, 0};
-    if (!in_range(unit)) return kNowhere;
+  // Where a unit in [0, problem.units) lies; nowhere unless it is a candidate.
+  __device__ UnitPlace place_of(int unit) const { return place_of(unit, outer_of(unit)); }
+
+  // The first half of place_of, which loads: the sequence or what the table says, right or wrong.
+  __device__ int outer_of(int unit) const {
+    if (!in_range(unit)) return -1;
     const PagedKv& pages = problem_.pages;
-    if (pages.block_table == nullptr) return {batch_, unit};
-    const int slot = pages.page_size == 1 ? unit : unit / pages.page_size;
-    const int page = pages.block_table[batch_ * pages.table_stride_batch + slot];
-    if (page < 0 || page >= pages.num_pages) return kNowhere;
-    return {page, unit - slot * pages.page_size};
+    if (pages.block_table == nullptr) return batch_;
+    return pages.block_table[batch_ * pages.table_stride_batch + slot_of(unit)];
+  }
+
+  // The second, which computes.
+  __device__ UnitPlace place_of(int unit, int outer) const {
+    const PagedKv& pages = problem_.pages;
+    if (pages.block_table == nullptr) return {outer, unit};
+    if (outer >= pages.num_pages) outer = -1;
+    return {outer, unit - slot_of(unit) * pages.page_size};
   }
 
   // The first query row that sees a candidate.
@@ -52,6 +59,11 @@ class ScoredUnits {
   }
 
  private:
+  __device__ int slot_of(int unit) const {
+    const int page_size = problem_.pages.page_size;
+    return page_size == 1 ? unit : unit / page_size;
+  }
+
   const ProxyScoresProblem& problem_;
   int batch_;
   int begin_, end_;  // candidates, where their pages exist
