@@ -314,8 +314,11 @@ def test_a_decoding_step_scores_in_one_launch():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         attnsieve.proxy_scores(q, bounds, **options)
         torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if "scores" in event.name]
-    assert len(kernels) == 1 and "stream_scores" in kernels[0], kernels
+    names = [event.name for event in profile.events()]
+    if not names:
+        pytest.skip("the profiler records no kernels here")
+    kernels = [name for name in names if "scores" in name]
+    assert len(kernels) == 1 and "stream_scores" in kernels[0], names
 
 
 @pytest.mark.parametrize("offsets", [(0, 5, 4), (-3, 2, 900), (2**31 - 1, -(2**31), 7)])

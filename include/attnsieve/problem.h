@@ -146,8 +146,12 @@ struct ProxyScoresProblem {
   void* workspace = nullptr;
 
   constexpr int64_t unit_keys() const { return element == ProxyElement::kBounds ? page_size : 1; }
-  constexpr int64_t units_per_column() const { return page_reduce == Reduction::kNone ? 1 : page_size; }
-  constexpr int64_t columns() const { return (units + units_per_column() - 1) / units_per_column(); }
+  constexpr int64_t units_per_column() const {
+    return page_reduce == Reduction::kNone ? 1 : page_size;
+  }
+  constexpr int64_t columns() const {
+    return (units + units_per_column() - 1) / units_per_column();
+  }
 };
 
 // Writes new rows of K and V into a cache, and what is kept beside it. Row i of n goes to position
