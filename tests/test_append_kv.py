@@ -1,4 +1,4 @@
-"""append_kv writes what its oracle writes, and nothing else. CPU only: there is no CUDA kernel."""
+"""append_kv writes what its oracle writes, and nothing else."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 
 import attnsieve
 from attnsieve import reference_decode
+from cache_ops import CacheOps
 from cases import BAD_IDS, DTYPES, pairwise, randn
 from layouts import offsets, page_bounds
 from numerics import assert_bitwise, assert_near_eager, rounding_noise
@@ -14,6 +15,12 @@ from numerics import assert_bitwise, assert_near_eager, rounding_noise
 NAN, INF = math.nan, math.inf
 E4M3 = torch.float8_e4m3fn
 GUARD = 7.0  # what memory holds before; exact in every type
+
+
+@pytest.fixture
+def op(device):
+    return CacheOps(device)
+
 
 CASES = pairwise(
     dtype=DTYPES["cpu"],
@@ -102,10 +109,10 @@ def eager_proxy(tensors, options):
 
 
 @pytest.mark.parametrize("pick", CASES, ids=[str(i) for i in range(len(CASES))])
-def test_append_equals_the_oracle(pick):
+def test_append_equals_the_oracle(op, pick):
     tensors, options = build(pick)
     (got, own), (want, theirs) = (copy_of(tensors, options) for _ in range(2))
-    assert attnsieve.append_kv(*got, **own) is None
+    assert op.append_kv(*got, **own) is None
     reference_decode.append_kv(*want, **theirs)
     for name, x, y in zip(("k", "v", "k_cache", "v_cache"), got, want, strict=True):
         assert_bitwise(x.float(), y.float(), f"{name} of {pick}")
@@ -125,7 +132,7 @@ def test_append_equals_the_oracle(pick):
         )
 
 
-def test_float8_codes_are_torchs():
+def test_float8_codes_are_torchs(op):
     """Every bfloat16 number, and every float32 half way between two codes."""
     every = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16).float()
     codes = torch.arange(256).to(torch.uint8).view(E4M3).float()
@@ -137,7 +144,7 @@ def test_float8_codes_are_torchs():
     caches = [torch.zeros_like(x).to(E4M3) for _ in range(2)]
     scale = torch.ones(1)
     lens = torch.tensor([x.shape[2]], dtype=torch.int32)
-    attnsieve.append_kv(x, x, *caches, seq_lens=lens, k_scale=scale, v_scale=4 * scale)
+    op.append_kv(x, x, *caches, seq_lens=lens, k_scale=scale, v_scale=4 * scale)
     for cache, divisor in zip(caches, (1, 4), strict=True):
         want = (x / divisor).clamp(-448, 448).to(E4M3)
         assert_bitwise(cache.float(), want.float())
@@ -147,13 +154,13 @@ def test_float8_codes_are_torchs():
     for d in (0, 37):
         unit = torch.nn.functional.one_hot(torch.tensor(d), 64).view(1, 1, 1, 64).float()
         keys = caches[0].float().nan_to_num(0).to(E4M3)
-        scores = attnsieve.proxy_scores(unit, keys, key_scale=ones, score_scale=1.0)
+        scores = op.proxy_scores(unit, keys, key_scale=ones, score_scale=1.0)
         assert_bitwise(scores.flatten(), keys[0, 0, :, d].float())
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_appended_steps_equal_the_whole_cache(page_size, dtype):
+def test_appended_steps_equal_the_whole_cache(op, page_size, dtype):
     """Uneven steps, with a draft taken back: the cache, bounds and proxy of one long append."""
     q = randn((2, 4, 1, 64), dtype)
     k, v = (randn((2, 2, 90, 64), dtype, seed=s) for s in (1, 2))
@@ -170,7 +177,7 @@ def test_appended_steps_equal_the_whole_cache(page_size, dtype):
     def append(begin, end, k, v):
         lens = torch.tensor([end, end], dtype=torch.int32)
         new = (x[:, :, begin:end] for x in (k, v))
-        attnsieve.append_kv(*new, *caches, seq_lens=lens, validate=True, **side)
+        op.append_kv(*new, *caches, seq_lens=lens, validate=True, **side)
 
     append(0, 57, k, v)
     append(57, 58, k, v)
@@ -181,66 +188,66 @@ def test_appended_steps_equal_the_whole_cache(page_size, dtype):
     got = attnsieve.decode(q, *caches, **where, return_lse=True)
     assert_bitwise(got, attnsieve.decode(q, k, v, return_lse=True))
     options = dict(element="bounds", page_size=page_size)
-    got = attnsieve.proxy_scores(q, bounds, **options, **where)
-    assert_bitwise(got, attnsieve.proxy_scores(q, page_bounds(k, page_size), **options))
-    exact = attnsieve.proxy_scores(q, k, page_reduce="max", page_size=page_size)
+    got = op.proxy_scores(q, bounds, **options, **where)
+    assert_bitwise(got, op.proxy_scores(q, page_bounds(k, page_size), **options))
+    exact = op.proxy_scores(q, k, page_reduce="max", page_size=page_size)
     assert (got >= exact - 1e-4).all()
     rows = torch.einsum("bhjd,hdr->bhjr", k.double(), projection.double()).float()
     short = randn((2, 4, 1, 16), seed=3)
-    got = attnsieve.proxy_scores(short, proxy, **where)[..., :90]
-    torch.testing.assert_close(got, attnsieve.proxy_scores(short, rows), rtol=1e-5, atol=1e-4)
+    got = op.proxy_scores(short, proxy, **where)[..., :90]
+    torch.testing.assert_close(got, op.proxy_scores(short, rows), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("where", [0, 3, 7])
-def test_nan_keys_are_nan_bounds_of_their_page_and_element(where):
+def test_nan_keys_are_nan_bounds_of_their_page_and_element(op, where):
     k, caches = randn((1, 2, 24, 64)), [torch.zeros(1, 2, 24, 64) for _ in range(2)]
     k[0, 1, 8 + where, 5] = NAN
     bounds, lens = torch.zeros(1, 3, 2, 2, 64), torch.tensor([24], dtype=torch.int32)
-    attnsieve.append_kv(k, k, *caches, seq_lens=lens, bounds=bounds, page_size=8)
+    op.append_kv(k, k, *caches, seq_lens=lens, bounds=bounds, page_size=8)
     assert torch.nonzero(bounds.isnan()).tolist() == [[0, 1, 1, 0, 5], [0, 1, 1, 1, 5]]
     assert_bitwise(bounds, page_bounds(k, 8))
 
 
-def test_a_proxy_score_is_a_product_of_projected_vectors():
+def test_a_proxy_score_is_a_product_of_projected_vectors(op):
     """q . (k P) = (q P^T) . k: scoring projected keys is scoring keys by a projected query."""
     q, k = randn((2, 6, 1, 8)), randn((2, 3, 40, 64), seed=1)
     projection = randn((6, 64, 8), seed=2)
     proxy, caches = torch.zeros(2, 6, 40, 8), [torch.zeros(2, 3, 40, 64) for _ in range(2)]
     lens = torch.tensor([40, 40], dtype=torch.int32)
-    attnsieve.append_kv(k, k, *caches, seq_lens=lens, projection=projection, proxy=proxy)
-    got = attnsieve.proxy_scores(q, proxy, score_scale=1.0)
+    op.append_kv(k, k, *caches, seq_lens=lens, projection=projection, proxy=proxy)
+    got = op.proxy_scores(q, proxy, score_scale=1.0)
     lifted = torch.einsum("bhid,hDd->bhiD", q, projection)
-    want = attnsieve.proxy_scores(lifted, k, score_scale=1.0)
+    want = op.proxy_scores(lifted, k, score_scale=1.0)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_results_depend_on_neither_neighbours_nor_threads(threads):
+def test_results_depend_on_neither_neighbours_nor_threads(op, threads):
     pick = dict(CASES[0], dtype=torch.bfloat16, float8=False, heads=5, rows=70, head_dim=64)
     pick |= dict(page_size=16, length="middle", bad_pages=False, packed=False, group=3)
     pick |= dict(bounds="own", proxy=torch.float32, proxy_dim=32)
     tensors, options = build(pick)
     torch.set_num_threads(threads)
     got, own = copy_of(tensors, options)
-    attnsieve.append_kv(*got, **own)
+    op.append_kv(*got, **own)
     alone, theirs = copy_of(tensors, options)
     for b in range(2):
         one = slice(b, b + 1)
         rows = {n: theirs[n][one] for n in ("seq_lens", "block_table")}
-        attnsieve.append_kv(tensors[0][one], tensors[1][one], *alone[2:], **(theirs | rows))
+        op.append_kv(tensors[0][one], tensors[1][one], *alone[2:], **(theirs | rows))
     assert_bitwise(
         (*got[2:], own["bounds"], own["proxy"]), (*alone[2:], theirs["bounds"], theirs["proxy"])
     )
 
 
-def test_strides():
+def test_strides(op):
     """Caches kept as [B, S, H, D], or K and V side by side; new rows cut out of a wider tensor."""
     k, v = (randn((2, 3, 2, 128), seed=s)[..., :64].transpose(1, 2) for s in (1, 2))
     lens = torch.tensor([3, 9], dtype=torch.int32)
     both = torch.zeros(2, 10, 2, 2, 64)
-    attnsieve.append_kv(k, v, *both.permute(2, 0, 3, 1, 4), seq_lens=lens)
+    op.append_kv(k, v, *both.permute(2, 0, 3, 1, 4), seq_lens=lens)
     tight = [torch.zeros(2, 2, 10, 64) for _ in range(2)]
-    attnsieve.append_kv(k.contiguous(), v.contiguous(), *tight, seq_lens=lens)
+    op.append_kv(k.contiguous(), v.contiguous(), *tight, seq_lens=lens)
     assert_bitwise(tuple(both.permute(2, 0, 3, 1, 4)), tuple(tight))
     assert_bitwise(tight[0][0, :, :3], k[0])
 
@@ -342,11 +349,11 @@ def test_refusals_name_what_is_missing():
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 1, 64), (2, 2, 0, 64)])
-def test_empty(shape):
+def test_empty(op, shape):
     k, caches = torch.zeros(shape), [torch.full((shape[0], 2, 5, 64), GUARD) for _ in range(2)]
     bounds = torch.full((shape[0], 1, 2, 2, 64), GUARD)
     lens = torch.full((shape[0],), 3, dtype=torch.int32)
-    attnsieve.append_kv(k, k, *caches, seq_lens=lens, bounds=bounds, page_size=5)
+    op.append_kv(k, k, *caches, seq_lens=lens, bounds=bounds, page_size=5)
     assert all((x == GUARD).all() for x in (*caches, bounds))
 
 

@@ -139,20 +139,21 @@ def test_index_above_2g_entries():
 
 def test_caches_above_2g_elements(device):
     """append_kv, proxy_scores and decode over two pages more than 2**31 elements apart."""
-    need_gib(device, 1 if device == "cpu" else 10)  # the CPU never touches what is between
-    size = 2**31 + 2**13
-    far = [torch.empty(size, dtype=torch.float16, device=device) for _ in range(2)]
+    # What lies between the pages is never touched; the CPU never backs it with memory.
+    need_gib(device, 1 if device == "cpu" else 9)
+    make = dict(dtype=torch.float16, device=device)
+    far = [torch.empty(2**31 + 2**13, **make) for _ in range(2)]
     far = [x.as_strided((2, 16, 2, 64), (2**31 + 2048, 128, 64, 1)) for x in far]
-    near = [torch.zeros(2, 16, 2, 64, dtype=torch.float16, device=device) for _ in range(2)]
-    sizes = ((2, 27), (2, 28), (4, 1))
-    k, v, q = (randn((1, h, n, 64), torch.float16, device, h + n) for h, n in sizes)
+    near = [torch.zeros(2, 16, 2, 64, **make) for _ in range(2)]
+    shapes = ((2, 27), (2, 28), (4, 1))
+    k, v, q = (randn((1, h, n, 64), seed=h + n, **make) for h, n in shapes)
     where = dict(
         block_table=torch.tensor([[1, 0]], dtype=torch.int32, device=device),
         seq_lens=torch.tensor([27], dtype=torch.int32, device=device),
     )
     results = []
     for caches in (far, near):
-        bounds = torch.zeros(2, 2, 2, 64, dtype=torch.float16, device=device)
+        bounds = torch.zeros(2, 2, 2, 64, **make)
         attnsieve.append_kv(k, v[:, :, 1:], *caches, bounds=bounds, **where)
         scores = attnsieve.proxy_scores(q, caches[0], **where)
         results.append((bounds, scores, attnsieve.decode(q, *caches, **where)))

@@ -1,4 +1,4 @@
-"""Proxy scores equal their float64 oracle. CPU only: there is no CUDA kernel."""
+"""Proxy scores equal their float64 oracle."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 
 import attnsieve
 from attnsieve import reference_decode
+from cache_ops import CacheOps
 from cases import DTYPES, pairwise, randn
 from layouts import deal_pages, fill_pages
 from numerics import assert_near_eager, rounding_noise
@@ -15,6 +16,12 @@ NAN, INF = math.nan, math.inf
 E4M3 = torch.float8_e4m3fn
 HEADS = ((1, 1), (8, 8), (8, 2), (6, 3), (7, 1), (16, 1), (66, 2))  # (query heads, key heads)
 REDUCTIONS = (None, "max", "mean", "sum")
+
+
+@pytest.fixture
+def op(device):
+    return CacheOps(device)
+
 
 CASES = pairwise(
     dtype=DTYPES["cpu"],
@@ -178,10 +185,10 @@ def build(pick, seed=0):
 
 
 @pytest.mark.parametrize("pick", CASES, ids=[str(i) for i in range(len(CASES))])
-def test_scores_equal_the_oracle(pick):
+def test_scores_equal_the_oracle(op, pick):
     """Scores are float32 whatever q is, so they are held to float32 PyTorch."""
     arguments, options, problem = build(pick)
-    got = attnsieve.proxy_scores(*arguments, **options)
+    got = op.proxy_scores(*arguments, **options)
     ref = reference_decode.proxy_scores(*arguments, **options)
     scores, largest = eager_scores(*problem)
     eager = torch.full_like(ref, -INF, dtype=torch.float32)  # pages hold a few units more

@@ -8,7 +8,7 @@ import torch
 
 import attnsieve
 from attnsieve import BlockIndex
-from cases import Case, build, random_index
+from cases import Case, build, randn, random_index
 from layouts import build_layout
 from numerics import assert_bitwise, check_against_oracle
 
@@ -65,7 +65,29 @@ def decode(problem):
     return *whole, *attnsieve.decode(rows, k, v, index, recent=20, num_splits=3, return_lse=True)
 
 
+def score_tokens(problem):
+    """Both kernels of the scorer: a decoding step, and several rows with a softmax."""
+    q, k = problem.args[:2]
+    options = dict(head_reduce="max", num_out_heads=k.shape[1])
+    step = attnsieve.proxy_scores(q[:, :, -1:], k, **options)
+    mass = attnsieve.proxy_scores(q[:, :, -3:], k, softmax=True, causal=True, **options)
+    return step, mass, attnsieve.proxy_scores(q[:, :, -3:], k, page_reduce="max", page_size=100)
+
+
+def append(problem):
+    """Fresh caches: what is written does not depend on the call before."""
+    q, k, v = problem.args[:3]
+    caches = [torch.zeros_like(x) for x in (k, v)]
+    bounds = k.new_zeros(k.shape[0], 32, k.shape[1], 2, k.shape[3])
+    lens = torch.full((k.shape[0],), 450, device="cuda", dtype=torch.int32)
+    side = dict(projection=q[0, : k.shape[1], :64], proxy=torch.zeros_like(caches[0]))
+    new = (x[:, :, :450] for x in (k, v))
+    attnsieve.append_kv(*new, *caches, seq_lens=lens, bounds=bounds, page_size=16, **side)
+    return *caches, bounds, side["proxy"]
+
+
 OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge, select_tokens, decode)
+OPS = (*OPS, score_tokens, append)
 
 
 def problem_of(seed):
@@ -248,6 +270,79 @@ def test_pages_on_a_side_stream_and_without_synchronisation():
     stream.synchronize()
     assert busy, "the call waited for the sleep in front of it"
     assert_bitwise(actual, expected, "side stream")
+
+
+def _cache_tensors(seed):
+    """A cache of 8-key pages, lengths and new rows: all that a decoding step reads or writes."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = torch.randperm(80, generator=generator)[:60].int().view(2, 30)
+    lengths = torch.randint(5, 240, (2,), generator=generator).int()
+    k_cache, v_cache = (randn((80, 8, 2, 64), torch.bfloat16, seed=seed + s) for s in (1, 2))
+    new = [randn((2, 2, 3, 64), torch.bfloat16, seed=seed + s) for s in (3, 4)]
+    q = randn((2, 8, 1, 64), torch.bfloat16, seed=seed + 5)
+    bounds = torch.zeros(80, 2, 2, 64, dtype=torch.bfloat16)
+    pages[0, -1] = (-1, 80, 2**31 - 1)[seed % 3]
+    return [x.cuda() for x in (*new, k_cache, v_cache, bounds, pages, lengths, q)]
+
+
+def _decoding_step(k, v, k_cache, v_cache, bounds, table, seq_lens, q):
+    where = dict(block_table=table, seq_lens=seq_lens)
+    attnsieve.append_kv(k, v, k_cache, v_cache, bounds=bounds, **where)
+    reduced = dict(head_reduce="max", num_out_heads=2)
+    pages = attnsieve.proxy_scores(q, bounds, element="bounds", page_size=8, **where, **reduced)
+    tokens = attnsieve.proxy_scores(
+        q, k_cache, softmax=True, page_reduce="sum", page_size=8, **where
+    )
+    index = attnsieve.select_topk(pages[:, 0], 6, seq_lens=seq_lens, page_size=8, recent=1)
+    return pages, tokens, index.indices, index.counts
+
+
+def test_cache_capture_with_new_lengths_tables_and_contents():
+    static = _cache_tensors(0)
+    graph, result = _capture(lambda tensors: _decoding_step(*tensors), static)
+    for seed in (1, 2, 3):
+        fresh = _cache_tensors(seed)
+        for to, x in zip(static, fresh, strict=True):
+            to.copy_(x)
+        for tensors in (static, fresh) if seed == 3 else ():
+            tensors[6].zero_()  # lengths
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_bitwise(result, _decoding_step(*fresh), f"replay with inputs {seed}")
+        assert_bitwise(static, fresh, f"what replay {seed} wrote")
+    assert (result[0] == -torch.inf).all() and (result[3] == 0).all()
+
+
+def test_a_decoding_step_scores_in_one_launch():
+    q, bounds = (
+        randn((1, h, *n, 128), torch.bfloat16, "cuda") for h, n in ((32, (1,)), (500, (8, 2)))
+    )
+    options = dict(element="bounds", page_size=16, head_reduce="max", num_out_heads=8)
+    attnsieve.proxy_scores(q, bounds, **options)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        attnsieve.proxy_scores(q, bounds, **options)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    if not names:
+        pytest.skip("the profiler records no kernels here")
+    kernels = [name for name in names if "scores" in name]
+    assert len(kernels) == 1 and "stream_scores" in kernels[0], names
+
+
+@pytest.mark.parametrize("offsets", [(0, 5, 4), (-3, 2, 900), (2**31 - 1, -(2**31), 7)])
+def test_bad_offsets_of_packed_rows_are_memory_safe(offsets):
+    """No host sees them: any rows may be written, where the table says, and nothing else."""
+    k, v, k_cache, v_cache, bounds, table, lens, _ = _cache_tensors(1)
+    packed = [x.transpose(1, 2).flatten(0, 1)[:4] for x in (k, v)]
+    before = [x.clone() for x in (k_cache, v_cache)]
+    side = dict(bounds=bounds, block_table=table, seq_lens=lens)
+    cu = torch.tensor(offsets, device="cuda", dtype=torch.int32)
+    attnsieve.append_kv(*packed, k_cache, v_cache, cu_seqlens=cu, **side)
+    torch.cuda.synchronize()
+    owned = torch.zeros(80, dtype=torch.bool, device="cuda")
+    owned[table[(table >= 0) & (table < 80)].long()] = True
+    assert_bitwise([k_cache[~owned], v_cache[~owned]], [x[~owned] for x in before])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")

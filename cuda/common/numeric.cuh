@@ -22,6 +22,12 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return result;
 }
 
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // ex2.approx maps -inf to +0 and NaN to NaN; its relative error is below 2^-22.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;

@@ -4,6 +4,8 @@
 #include "attnsieve/problem.h"
 #include "cuda/dispatch/heuristics.h"
 #include "cuda/dispatch/kernel_table.h"
+#include "cuda/sm80/append_kv/arguments.h"
+#include "cuda/sm80/proxy_scores/arguments.h"
 #include "cuda/sm90/attend/arguments.h"
 
 namespace cutlass {
@@ -16,6 +18,9 @@ using cutlass::bfloat16_t;
 using cutlass::float_e4m3_t;
 using cutlass::half_t;
 }  // namespace cute
+
+struct __half;
+struct __nv_bfloat16;
 
 namespace attnsieve::sm80 {
 
@@ -42,6 +47,15 @@ size_t select_tokens_workspace_bytes(int64_t lists, int parts);
 void launch_select_tokens(const TokenSelectProblem& problem, const SelectTokensPlan& plan,
                           void* stream);
 std::vector<KernelEntry> select_tokens_entries();
+
+template <class Element>
+void launch_proxy_scores(const ProxyScoresArguments& arguments, void* stream);
+template <class Element>
+std::vector<KernelEntry> proxy_scores_entries();
+
+template <class Element>
+void launch_append_kv(const AppendKvArguments& arguments, void* stream);
+std::vector<KernelEntry> append_kv_entries();
 
 }  // namespace attnsieve::sm80
 

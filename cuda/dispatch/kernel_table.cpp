@@ -80,6 +80,10 @@ std::vector<KernelEntry> kernel_table() {
 #if ATTNSIEVE_SM90
   append(table, "select_tokens sm_90", sm90::select_tokens_entries());
 #endif
+  append(table, "proxy_scores sm_80 float32", sm80::proxy_scores_entries<float>());
+  append(table, "proxy_scores sm_80 float16", sm80::proxy_scores_entries<__half>());
+  append(table, "proxy_scores sm_80 bfloat16", sm80::proxy_scores_entries<__nv_bfloat16>());
+  append(table, "append_kv sm_80", sm80::append_kv_entries());
   return table;
 }
 

@@ -1,10 +1,11 @@
-// merge_states, select_blocks and select_tokens on CUDA; refusals of what has no kernel there.
+// merge_states, select_blocks and select_tokens on CUDA.
 #include "attnsieve/launch.h"
 #include "attnsieve/token_select.h"
 #include "cuda/dispatch/device.h"
 #include "cuda/dispatch/instantiations.h"
 
 namespace attnsieve::cuda {
+
 void merge_states(const MergeProblem& problem, void* stream) {
   require_supported("merge_states", Backend::kSm80, problem.dtype, problem.head_dim);
   sm80::launch_merge_states(problem, stream);
@@ -12,14 +13,6 @@ void merge_states(const MergeProblem& problem, void* stream) {
 
 void select_blocks(const SelectProblem& problem, void* stream) {
   sm80::launch_select_blocks(problem, select_threads(problem.num_k_blocks()), stream);
-}
-
-void proxy_scores(const ProxyScoresProblem&, void*) {
-  throw Unsupported("proxy_scores has no CUDA kernel; supported: cpu");
-}
-
-void append_kv(const AppendKvProblem&, void*) {
-  throw Unsupported("append_kv has no CUDA kernel; supported: cpu");
 }
 
 size_t select_tokens_workspace_bytes(const TokenSelectProblem& problem) {

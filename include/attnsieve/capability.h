@@ -63,6 +63,12 @@ inline const std::vector<Capability>& capabilities() {
       "top-k, fraction, top-p; sink, local and diagonal blocks; causal, window";
   static const char* const kTokenFeatures =
       "tokens, pages; any budget; sink and recent ranges; causal rows; slots through a page table";
+  static const char* const kProxyFeatures =
+      "dot, ReLU dot, page bounds; float8_e4m3 and int8 keys; max, mean, sum over rows, heads, "
+      "pages; softmax; GQA, paged, causal rows";
+  static const char* const kAppendFeatures =
+      "contiguous, paged (any page_size), packed rows; float8_e4m3 cache; page bounds; projected "
+      "keys";
   static const std::vector<Capability> table = {
       {"attend",
        Backend::kCpu,
@@ -99,15 +105,25 @@ inline const std::vector<Capability>& capabilities() {
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
        {},
        256,
-       "dot, ReLU dot, page bounds; float8_e4m3 and int8 keys; max, mean, sum over rows, heads, "
-       "pages; softmax; GQA, paged, causal rows"},
+       kProxyFeatures},
+      {"proxy_scores",
+       Backend::kSm80,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       kProxyFeatures},
       {"append_kv",
        Backend::kCpu,
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
        {},
        256,
-       "contiguous, paged (any page_size), packed rows; float8_e4m3 cache; page bounds; projected "
-       "keys"},
+       kAppendFeatures},
+      {"append_kv",
+       Backend::kSm80,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       kAppendFeatures},
       {"merge_states",
        Backend::kCpu,
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},

@@ -41,6 +41,8 @@ void attend(const AttendProblem& problem, void* stream);
 // Device memory for the results of parts of a list.
 size_t decode_workspace_bytes(const DecodeProblem& problem);
 void decode(const DecodeProblem& problem, void* stream);
+// Device memory that a softmax needs.
+size_t proxy_scores_workspace_bytes(const ProxyScoresProblem& problem);
 void proxy_scores(const ProxyScoresProblem& problem, void* stream);
 void append_kv(const AppendKvProblem& problem, void* stream);
 void merge_states(const MergeProblem& problem, void* stream);

@@ -151,10 +151,16 @@ struct ProxyScoresProblem {
   bool causal = false;  // row i sees keys j <= i + length - R, and the pages that hold one
   float score_scale = 1.0f;
   PagedKv pages;  // seq_lens count keys; page_size counts units: 1 with kBounds
+  // CUDA: cuda::proxy_scores_workspace_bytes() of device memory, needed where they are not 0
+  void* workspace = nullptr;
 
-  int64_t unit_keys() const { return element == ProxyElement::kBounds ? page_size : 1; }
-  int64_t units_per_column() const { return page_reduce == Reduction::kNone ? 1 : page_size; }
-  int64_t columns() const { return (units + units_per_column() - 1) / units_per_column(); }
+  constexpr int64_t unit_keys() const { return element == ProxyElement::kBounds ? page_size : 1; }
+  constexpr int64_t units_per_column() const {
+    return page_reduce == Reduction::kNone ? 1 : page_size;
+  }
+  constexpr int64_t columns() const {
+    return (units + units_per_column() - 1) / units_per_column();
+  }
 };
 
 // Writes new rows of K and V into a cache, and what is kept beside it. Row i of n goes to position

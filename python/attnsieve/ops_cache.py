@@ -172,7 +172,9 @@ def append_kv(
             not clamped. A position below 0, beyond the cache or in a page that does not exist is
             not written anywhere.
         block_table: int32 ``[B, max_pages]``.
-        cu_seqlens: int32 ``[B + 1]``, ascending token offsets of the sequences in k and v.
+        cu_seqlens: int32 ``[B + 1]``, ascending token offsets of the sequences in k and v. On CUDA
+            others are noticed with ``validate`` only: without, any rows are written to the places
+            of the sequences.
         k_scale, v_scale: float32 ``[Hkv]``; both with a float8 cache, neither without.
         bounds: ``[num_pages, Hkv, 2, D]``, for a contiguous cache
             ``[B, ceil(S / page_size), Hkv, 2, D]``: every page that received a row gets minimum (0)

@@ -162,6 +162,15 @@ Tensor proxy_scores(const Tensor& q, const Tensor& keys, const std::optional<Ten
   const Tensor scores = empty(sizes, aoti_torch_dtype_float32(), q);
   problem.q = head_tensor(q, kBatched);
   problem.scores = scores.mutable_data_ptr<float>();
+  std::optional<Tensor> workspace;
+  if (q.is_cuda()) {
+    const DeviceScope scope(q);
+    const size_t bytes = cuda::proxy_scores_workspace_bytes(problem);
+    if (bytes > 0) {
+      workspace = empty({static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8(), q);
+      problem.workspace = workspace->mutable_data_ptr();
+    }
+  }
   run<ProxyScoresProblem>(q, problem, cpu::proxy_scores, cuda::proxy_scores);
   return scores;
 }
