@@ -152,43 +152,32 @@ class GroupRun {
   void visit_step(const KeyStep& step, float* s) {
     kernels_.softmax(s, step.count, columns_, scratch_.row_max, scratch_.row_sum, scratch_.rescale);
     const float* v = float_rows(problem_.v, step);
-    if (step.masked && add_rows_apart(s, v, step)) return;
+    if (step.masked && add_values_apart(s, v, step)) return;
     const int head_dim = static_cast<int>(problem_.head_dim);
     kernels_.accumulate(s, v, head_dim, step.count, head_dim, scratch_.rescale, columns_,
                         scratch_.out_t);
   }
 
-  // A masked key has p = 0, but 0 * NaN is NaN: a value row that is not finite must only be added
-  // to the query rows that see it. False, having done nothing, when all value rows are finite.
-  bool add_rows_apart(const float* p, const float* v, const KeyStep& step) {
+  // A masked key has p = 0, but 0 * NaN is NaN: values that are not finite are zeros in the product,
+  // and added to the query rows that see their key. The others' bits do not depend on them. False,
+  // having done nothing, when all values are finite.
+  bool add_values_apart(const float* p, const float* v, const KeyStep& step) {
     const int head_dim = static_cast<int>(problem_.head_dim);
-    bool finite[kUnitKeys];
-    bool all_finite = true;
-    for (int i = 0; i < step.count; ++i) {
-      const float* row = v + i * head_dim;
-      finite[i] = std::all_of(row, row + head_dim, [](float x) { return std::isfinite(x); });
-      all_finite = all_finite && finite[i];
-    }
-    if (all_finite) return false;
-    const float* no_rescale = scratch_.tile_max;  // free between votes
-    std::fill_n(scratch_.tile_max, kColumns, 1.0f);
-    const float* rescale = scratch_.rescale;
-    for (int i = 0; i < step.count; ++i) {
-      if (finite[i]) {
-        kernels_.accumulate(p + i * kColumns, v + i * head_dim, head_dim, 1, head_dim, rescale,
-                            columns_, scratch_.out_t);
-        rescale = no_rescale;
-      }
-    }
-    for (int d = 0; d < head_dim && rescale != no_rescale; ++d) {
-      for (int c = 0; c < columns_; ++c) scratch_.out_t[d * kColumns + c] *= scratch_.rescale[c];
-    }
+    const int64_t values = static_cast<int64_t>(step.count) * head_dim;
+    const auto is_finite = [](float x) { return std::isfinite(x); };
+    if (std::all_of(v, v + values, is_finite)) return false;
+    float* finite = scratch_.widened;  // v may lie there
+    std::transform(v, v + values, finite, [&](float x) { return is_finite(x) ? x : 0.0f; });
+    kernels_.accumulate(p, finite, head_dim, step.count, head_dim, scratch_.rescale, columns_,
+                        scratch_.out_t);
+    v = float_rows(problem_.v, step);
     for_each_key(step, [&](int i, int64_t key) {
-      if (finite[i]) return;
       const RowRange rows = rows_that_see(key);
       for (int d = 0; d < head_dim; ++d) {
+        const float value = v[i * head_dim + d];
+        if (is_finite(value)) continue;
         for (int c = rows.begin; c < rows.end; ++c) {
-          scratch_.out_t[d * kColumns + c] += p[i * kColumns + c] * v[i * head_dim + d];
+          scratch_.out_t[d * kColumns + c] += p[i * kColumns + c] * value;
         }
       }
     });

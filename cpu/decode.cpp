@@ -67,7 +67,7 @@ struct Scratch {
   explicit Scratch(int64_t head_dim) {
     const int64_t tile = head_dim * kColumns;
     const int64_t floats =
-        3 * tile + 2 * kUnitKeys * head_dim + kUnitKeys * kColumns + 4 * kColumns;
+        3 * tile + 2 * kUnitKeys * head_dim + kUnitKeys * kColumns + 3 * kColumns;
     memory = ::operator new(floats * sizeof(float), kAlignment, std::nothrow);
     if (memory == nullptr) return;
     query = static_cast<float*>(memory);
@@ -79,15 +79,13 @@ struct Scratch {
     row_max = s + kUnitKeys * kColumns;
     row_sum = row_max + kColumns;
     rescale = row_sum + kColumns;
-    ones = rescale + kColumns;
-    std::fill_n(ones, kColumns, 1.0f);
   }
   ~Scratch() { ::operator delete(memory, kAlignment); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   void* memory = nullptr;
-  float *query, *query_t, *out_t, *k, *v, *s, *row_max, *row_sum, *rescale, *ones;
+  float *query, *query_t, *out_t, *k, *v, *s, *row_max, *row_sum, *rescale;
 };
 
 class ItemRun {
@@ -217,25 +215,22 @@ class ItemRun {
     keys_ = 0;
   }
 
-  // A masked key has p = 0, but 0 * NaN is NaN: a value that is not finite is added to the columns
-  // that see its key alone.
+  // A masked key has p = 0, but 0 * NaN is NaN: values that are not finite are zeros in the product,
+  // and added to the columns that see their key. The others' bits do not depend on them.
   void add_values_apart() {
-    const float* rescale = scratch_.rescale;
-    for (int i = 0; i < keys_; ++i) {
-      float* v = scratch_.v + static_cast<int64_t>(i) * head_dim_;
-      const float* p = scratch_.s + i * kColumns;
-      if (std::all_of(v, v + head_dim_, [](float x) { return std::isfinite(x); })) {
-        kernels_.accumulate(p, v, head_dim_, 1, head_dim_, rescale, padded_, scratch_.out_t);
-      } else {
-        for (int d = 0; d < head_dim_; ++d) {
-          float* out = scratch_.out_t + d * kColumns;
-          for (int c = 0; c < padded_; ++c) {
-            out[c] *= rescale[c];
-            if (c >= first_column_[i] && c < item_.columns()) out[c] += p[c] * v[d];
-          }
-        }
-      }
-      rescale = scratch_.ones;
+    const int64_t values = static_cast<int64_t>(keys_) * head_dim_;
+    float* finite = scratch_.k;  // the keys are no longer needed
+    std::transform(scratch_.v, scratch_.v + values, finite,
+                   [](float x) { return std::isfinite(x) ? x : 0.0f; });
+    kernels_.accumulate(scratch_.s, finite, head_dim_, keys_, head_dim_, scratch_.rescale, padded_,
+                        scratch_.out_t);
+    for (int64_t at = 0; at < values; ++at) {
+      const float value = scratch_.v[at];
+      if (std::isfinite(value)) continue;
+      const int64_t key = at / head_dim_;
+      const float* p = scratch_.s + key * kColumns;
+      float* out = scratch_.out_t + at % head_dim_ * kColumns;
+      for (int c = first_column_[key]; c < item_.columns(); ++c) out[c] += p[c] * value;
     }
   }
 

@@ -134,10 +134,7 @@ inline void multiply_block(const float* a, int64_t stride, const float* b, int d
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      acc[i][v] =
-          is_output ? load(c + i * kColumns + v * kLanes) * load(rescale + v * kLanes) : Vec{};
-    }
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec{};
   }
   const int64_t row_step = is_output ? 1 : stride;
   const int64_t depth_step = is_output ? stride : 1;
@@ -159,6 +156,8 @@ inline void multiply_block(const float* a, int64_t stride, const float* b, int d
       float* target = c + i * kColumns + v * kLanes;
       Vec result = acc[i][v];
       if (kProduct == Product::kAddScores) result += load(target);
+      // At the end: sums of sums err less than one long sum over all keys.
+      if (is_output) result += load(target) * load(rescale + v * kLanes);
       store(target, is_output ? result : result * scale);
     }
   }

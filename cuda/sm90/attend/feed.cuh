@@ -3,8 +3,8 @@
 //   refill()   once it is complete: its stage of K is free, and the stage of V before last
 // A self-fed warpgroup has no producer warps beside it. It shares an SM with others of its kind,
 // which compute while its copies are under way. With lists of 64 x 64 blocks three such CTAs take
-// 1.43 M cycles where two with producer warps take 1.66 M (H200, 2026-11-22, density 0.05), most of
-// it at the start and the end of an item.
+// 1.43 M cycles where two with producer warps take 1.66 M (H200, 2026-11-22, density 0.05; about half
+// of the difference lies at the start and the end of an item).
 #pragma once
 
 #include "cuda/sm90/attend/compose.cuh"

@@ -63,7 +63,7 @@ __device__ void consume(const AttendArguments& arguments, typename Config::Share
     smem.work_full[position.slot].wait(position.phase);
     const Work& work = smem.work[position.slot];
     if (work.tiles < 0) break;
-    const typename Mainloop::Rows rows = mainloop.rows_of(work);
+    const Rows rows = mainloop.rows_of(work);
     SkipPolicy policy(problem, work.batch, rows.end > 0 ? rows.head : work.head);
     typename Mainloop::FragmentO acc_o;
     OnlineSoftmax<2> softmax;

@@ -12,6 +12,7 @@
 #include "cuda/common/softmax.cuh"
 #include "cuda/sm90/attend/isolate.cuh"
 #include "cuda/sm90/attend/order.cuh"
+#include "cuda/sm90/attend/rows.cuh"
 
 namespace attnsieve::sm90 {
 
@@ -22,10 +23,6 @@ using namespace cute;
 inline constexpr int kWarpgroupBarrier = 1;
 inline constexpr int kTurnBarrier = 4;
 inline constexpr int kConsumerBarrier = 8;
-
-// kColumns registers of an accumulator ((2 columns, 2 rows, n8 tiles), 1, 1) as (rows, columns).
-template <int kColumns>
-using RowsColumns = Layout<Shape<_2, Shape<_2, Int<kColumns / 2>>>, Stride<_2, Stride<_1, _4>>>;
 
 template <class Config, class SkipPolicy>
 class AttendMainloop {
@@ -57,11 +54,6 @@ class AttendMainloop {
   }
 
   // The query rows of this warpgroup: 64 from `begin` on, those from `end` on do not exist.
-  struct Rows {
-    int head;
-    int begin;
-    int end;
-  };
   __device__ Rows rows_of(const Work& work) const {
     const int warpgroup = opaque_thread() / kWarpgroupThreads;
     const int head = work.head + (a_.pack_heads ? warpgroup : 0);
@@ -104,13 +96,14 @@ class AttendMainloop {
     warpgroup_fence_operand(acc_s);
     const int tiles = work.tiles;
     int flags = smem_.k_record[k_.slot].flags;
-    if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work);
+    if ((flags & Config::kMaskedTile) != 0)
+      mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
     release_keys();
     feed.refill();
     const auto scores = rows_columns<Config::kStepKeys>(acc_s, 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      softmax.weigh(half, scores, maximum(acc_s, 0, half), scale_log2_);
+      softmax.weigh(half, scores, maximum<Config>(acc_s, 0, half), scale_log2_);
     }
     round_weights(acc_s, weights);
     if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
@@ -128,11 +121,12 @@ class AttendMainloop {
       feed.prepare();
       warpgroup_wait<1>();
       warpgroup_fence_operand(acc_s);
-      if ((flags & Config::kMaskedTile) != 0) apply_mask(acc_s, work);
+      if ((flags & Config::kMaskedTile) != 0)
+        mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
       release_keys();
       feed.refill();
       if constexpr (!kPinned) {
-        const float maxima[2] = {maximum(acc_s, 0, 0), maximum(acc_s, 0, 1)};
+        const float maxima[2] = {maximum<Config>(acc_s, 0, 0), maximum<Config>(acc_s, 0, 1)};
         const float rescale[2] = {softmax.weigh(0, scores, maxima[0], scale_log2_),
                                   softmax.weigh(1, scores, maxima[1], scale_log2_)};
         warpgroup_wait<0>();
@@ -141,10 +135,10 @@ class AttendMainloop {
         round_weights(acc_s, weights);
         rescale_output(acc_o, rescale);
       } else {
-        auto row0 = softmax.begin(0, maximum(acc_s, 0, 0), scale_log2_);
+        auto row0 = softmax.begin(0, maximum<Config>(acc_s, 0, 0), scale_log2_);
         scores(1, 0) = order.after(scores(1, 0), row0.base);
         softmax.weigh(0, row0, scores, scale_log2_);
-        auto row1 = softmax.begin(1, maximum(acc_s, 0, 1), scale_log2_);
+        auto row1 = softmax.begin(1, maximum<Config>(acc_s, 0, 1), scale_log2_);
         order.complete(softmax.row_sum[0]);
         warpgroup_wait<0>();
         warpgroup_fence_operand(acc_o);
@@ -177,13 +171,14 @@ class AttendMainloop {
       warpgroup_fence_operand(acc_s);
       const int flags = smem_.k_record[k_.slot].flags;
       bool seen = true;
-      if ((flags & Config::kMaskedTile) != 0) seen = apply_mask(acc_s, work);
+      if ((flags & Config::kMaskedTile) != 0)
+        seen = mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
       release_keys();
       float step_max[Config::kSteps][2];
 #pragma unroll
       for (int step = 0; step < Config::kSteps; ++step) {
-        step_max[step][0] = maximum(acc_s, step, 0);
-        step_max[step][1] = maximum(acc_s, step, 1);
+        step_max[step][0] = maximum<Config>(acc_s, step, 0);
+        step_max[step][1] = maximum<Config>(acc_s, step, 1);
       }
       bool kept = vote(policy, step_max, softmax, rows);
       if (seen) {
@@ -202,11 +197,6 @@ class AttendMainloop {
     if constexpr (Config::kSelfFed) return;  // the feed has a barrier of its own
     __syncwarp();
     if (threadIdx.x % kWarpThreads == 0) empty.arrive();
-  }
-
-  template <int kColumns, class Fragment>
-  static __device__ auto rows_columns(Fragment& fragment, int first_register) {
-    return make_tensor(fragment.data() + first_register, RowsColumns<kColumns / 4>{});
   }
 
   // Starts S = Q K^T of the current K stage.
@@ -297,54 +287,6 @@ class AttendMainloop {
     warpgroup_fence_operand(acc_o);
   }
 
-  // Keys that a row does not see become -inf. Returns whether the warpgroup's rows see any key.
-  __device__ bool apply_mask(FragmentS& acc_s, const Work& work) const {
-    const auto& record = smem_.k_record[k_.slot];
-    constexpr int kRegisters = Config::kGranuleKeys / 2;  // of a granule, for both rows
-    const Rows rows = rows_of(work);
-    const int thread = opaque_thread();
-    const int first_row = max(rows.begin, 0);
-    const int first_key = work.first_key(first_row);
-    const int end_key = work.end_key(min(rows.begin + kWarpgroupRows, rows.end) - 1);
-    bool seen = false;
-#pragma unroll
-    for (int granule = 0; granule < Config::kGranules; ++granule) {
-      int key = record.key[granule];
-      const int place = key < 0 ? ~key : key;
-      seen |= first_row < rows.end && place < end_key && place + Config::kGranuleKeys > first_key;
-      if (key < 0) key = Config::kNoKey;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int query_row = rows.begin + row_of(thread, half);
-        const int begin = work.first_key(query_row) - key - thread % 4 * 2;
-        const int end = work.end_key(query_row) - key - thread % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < kRegisters / 4; ++i) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int position = i * 8 + j;
-            if (position < begin || position >= end) {
-              acc_s(granule * kRegisters + i * 4 + half * 2 + j) = negative_infinity();
-            }
-          }
-        }
-      }
-    }
-    return seen;
-  }
-
-  static __device__ float maximum(FragmentS& acc_s, int step, int row) {
-    const auto scores = rows_columns<Config::kStepKeys>(acc_s, step * Config::kStepKeys / 2);
-    float even = scores(row, 0);
-    float odd = scores(row, 1);
-#pragma unroll
-    for (int column = 2; column < size<1>(scores); column += 2) {
-      even = max_nan(even, scores(row, column));
-      odd = max_nan(odd, scores(row, column + 1));
-    }
-    return quad_max(max_nan(even, odd));
-  }
-
   // Where the maxima mostly stand, most tiles leave the output as it is.
   static __device__ void rescale_output(FragmentO& acc_o, const float (&rescale)[2]) {
     if (Config::kWarpgroups == 1 &&
@@ -413,17 +355,6 @@ class AttendMainloop {
   // Where the weights cost more than the MMAs, or other CTAs of the SM fill the tensor cores
   // meanwhile, ptxas's order is the faster one.
   static constexpr bool kPinned = !Config::kSelfFed && Config::kHeadDim > 64;
-
-  // Query row of accumulator row 0 or 1 of a thread, within the warpgroup's 64.
-  static __device__ int row_of(int thread, int row) {
-    return thread % kWarpgroupThreads / 32 * 16 + thread % 32 / 4 + row * 8;
-  }
-  // Opaque, or what follows from it would be kept in registers through the main loop.
-  static __device__ int opaque_thread() {
-    int thread = static_cast<int>(threadIdx.x);
-    asm volatile("" : "+r"(thread));
-    return thread;
-  }
 
   const AttendArguments& a_;
   SharedStorage& smem_;
