@@ -83,7 +83,7 @@ FACTORS = dict(
     sink=(False, True),
     causal=(True, False),
     float8=(False, True),
-    num_splits=(0, 1, 3, 64),
+    num_splits=(0, 1, 3, 128),
 )
 
 
@@ -168,13 +168,13 @@ def test_all_tokens_listed_is_everything_for_each_hidx(op):
 
 @pytest.mark.parametrize("capacity", [1024, 6000])
 def test_splits_merge_to_the_whole(op, capacity):
-    """However a sequence is cut: 1 to 64 parts, ragged ones and more than it has keys."""
+    """However a sequence is cut: 1 to 128 parts, ragged ones and more than it has keys."""
     q, k, v = (
         randn((2, h, n, 128), op.dtype, seed=h) for h, n in ((6, 1), (2, capacity), (2, capacity))
     )
     lens = torch.tensor([capacity, 37], dtype=torch.int32)
     whole = op.decode(q, k, v, seq_lens=lens, num_splits=1, return_lse=True)
-    for num_splits in (0, 2, 3, 7, 64):
+    for num_splits in (0, 2, 3, 7, 128):
         got = op.decode(q, k, v, seq_lens=lens, num_splits=num_splits, return_lse=True)
         assert_close(got, whole)
 
@@ -301,7 +301,7 @@ BAD_CALLS = (
     ("dense_begin", dict(dense_begin=torch.zeros(2).int())),
     ("recent", dict(recent=-1, index=TokenIndex(torch.zeros(2, 2, 5).int()))),
     ("sink", dict(sink=torch.zeros(2))),
-    ("num_splits", dict(num_splits=65)),
+    ("num_splits", dict(num_splits=129)),
     ("k_scale", dict(k_scale=torch.ones(2))),
     ("v_scale", dict(FLOAT8, k_scale=torch.ones(2))),
     ("k_scale", dict(FLOAT8, k_scale=torch.ones(3), v_scale=torch.ones(2))),

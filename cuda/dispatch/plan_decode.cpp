@@ -49,7 +49,12 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
   plan.clustered = device.compute_capability == 90 && problem.index.given() &&
                    problem.num_splits == 0 && slots <= kMaxClusterSlots;
   const auto round_up = [](int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; };
-  const int64_t splits = problem.num_splits > 0 ? problem.num_splits : kMaxDecodeSplits;
+  // Without a wish about two chunks for every SM of a large GPU where there is one sequence.
+  constexpr int64_t kWantedChunks = 264;
+  constexpr int64_t kMinSplits = 4;
+  int64_t splits = (kWantedChunks + per_batch - 1) / std::max<int64_t>(1, per_batch);
+  splits = std::max(kMinSplits, std::min<int64_t>(splits, kMaxDecodeSplits));
+  if (problem.num_splits > 0) splits = problem.num_splits;
   const int64_t unit = problem.num_splits > 0 ? kTileKeys : kChunkUnit;
   const int64_t chunk_keys = std::max(unit, round_up((slots + splits - 1) / splits, unit));
   plan.chunk_keys = static_cast<int>(chunk_keys);

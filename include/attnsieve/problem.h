@@ -77,7 +77,7 @@ struct AttendProblem {
 };
 
 inline constexpr int kMaxDecodeRows = 8;
-inline constexpr int kMaxDecodeSplits = 64;
+inline constexpr int kMaxDecodeSplits = 128;
 
 // Attention of a few new query rows per sequence. Their own keys are in the cache: row i of Sq sees
 // keys j <= i + length - Sq.

@@ -56,7 +56,7 @@ def decode(
         softmax_scale: positive; default ``1 / sqrt(D)``.
         causal: False lets every new row see all T keys.
         num_splits: on CUDA a list, or a sequence, is attended in parts that are merged in their
-            order; at most so many, up to 64. 0 lets the library choose, from shapes alone. The CPU
+            order; at most so many, up to 128. 0 lets the library choose, from shapes alone. The CPU
             takes each list in one piece.
         validate: check lengths, pages and ``index`` on the host first (synchronises).
         return_lse: also return the log-sum-exp.

@@ -58,9 +58,12 @@ __device__ int find_share(const DecodeArguments& a, DecodeStorage<Config>& smem)
   int total = part.all;
   for (int base = kDecodeThreads; base < items; base += kDecodeThreads) total += part_of(base).all;
   const int ctas = static_cast<int>(gridDim.x);
-  const int share = (total + ctas - 1) / ctas;
-  const int begin = static_cast<int>(blockIdx.x) * share;
-  if (begin >= total) return 0;
+  const auto first_of = [&](unsigned cta) {
+    return static_cast<int>(static_cast<uint64_t>(total) * cta / static_cast<unsigned>(ctas));
+  };
+  const int begin = first_of(blockIdx.x);
+  const int share = first_of(blockIdx.x + 1) - begin;
+  if (share == 0) return 0;
   int passed = 0;
   for (int base = 0;; base += kDecodeThreads) {
     if (base > 0 || items > kDecodeThreads) part = part_of(base);
@@ -73,7 +76,7 @@ __device__ int find_share(const DecodeArguments& a, DecodeStorage<Config>& smem)
     if (begin < passed) break;
   }
   __syncthreads();
-  return min(share, total - begin);
+  return share;
 }
 
 template <class Types, int kHeadDim, int kColumnTiles>

@@ -199,7 +199,7 @@ template <class Config>
 __device__ void merge_chunks(const DecodeArguments& a, const DecodeItem& item, int64_t first_slot,
                              int chunks, ChunkWeights<Config>& smem) {
   constexpr int kQuads = Config::kHeadDim / 4;
-  constexpr int kAhead = 8;
+  constexpr int kAhead = 16;
   const int quads = item.columns * kQuads;
   const int64_t stride = static_cast<int64_t>(a.plan.columns) * kQuads;
   const auto* partials = reinterpret_cast<const float4*>(a.partial_out) + first_slot * stride;
