@@ -1,6 +1,7 @@
 // The one place that launches kernels: grid limits, shared-memory opt-in, stream, error check.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <string>
@@ -24,16 +25,19 @@ void allow_shared_memory(size_t bytes, const char* name) {
   allowed.fetch_or(bit, std::memory_order_relaxed);
 }
 
-// Launches kKernel<<<ctas, threads, shared_bytes, stream>>>(argument).
+// Launches kKernel<<<ctas, threads, shared_bytes, stream>>>(argument). A kernel whose launches differ
+// in shared_bytes says how many they need at most.
 template <auto kKernel, class Argument>
 void launch(const char* name, int64_t ctas, int threads, size_t shared_bytes, void* stream,
-            const Argument& argument) {
+            const Argument& argument, size_t most_shared_bytes = 0) {
   if (ctas <= 0) return;
   if (ctas > std::numeric_limits<int32_t>::max()) {
     throw InvalidArgument(std::string(name) + ": the problem needs " + std::to_string(ctas) +
                           " thread blocks, more than one grid dimension holds");
   }
-  if (shared_bytes > kDefaultSharedMemory) allow_shared_memory<kKernel>(shared_bytes, name);
+  if (shared_bytes > kDefaultSharedMemory) {
+    allow_shared_memory<kKernel>(std::max(shared_bytes, most_shared_bytes), name);
+  }
   kKernel<<<static_cast<unsigned>(ctas), static_cast<unsigned>(threads), shared_bytes,
             static_cast<cudaStream_t>(stream)>>>(argument);
   check_cuda(cudaGetLastError(), name);

@@ -41,26 +41,32 @@ namespace attnsieve::sm80 {
 
 SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem,
                                     const cuda::DeviceInfo& device) {
-  // CTAs share lists where one a list would leave half of the GPU idle: as a cluster, or where there
-  // are none and lists are long enough for four more launches to pay. Estimates, not yet measured.
-  constexpr int64_t kMinSplitColumns = 48 * 1024;
-  constexpr int64_t kMinPartColumns = 4096;
-  constexpr int64_t kCtasPerSm = 2;
   constexpr int64_t kSmallList = 4096;  // columns; 16 for each of 256 threads
   const int64_t lists = problem.batch * problem.seqlen_q * problem.num_lists;
   const int64_t columns = problem.columns;
   const int num_sms = device.num_sms;
+  const bool clusters = device.compute_capability == 90;
+  // Room in the list of keys for more than are kept.
+  constexpr int64_t kMaxSampledCapacity = 6144;
+  const bool fits = problem.rule == TokenRule::kThreshold || problem.capacity <= kMaxSampledCapacity;
   SelectTokensPlan plan;
-  if (device.compute_capability == 90) {
-    constexpr int64_t kMinRankColumns = 2048;
+  if (clusters) {
+    // A rank samples the whole list: it should have more than that to do.
+    constexpr int64_t kMinRankColumns = 16 * 1024;
     while (plan.ranks < 8 && lists * plan.ranks * 2 <= num_sms &&
-           columns >= plan.ranks * 2 * kMinRankColumns) {
+           columns > plan.ranks * 2 * kMinRankColumns) {
       plan.ranks *= 2;
     }
+    plan.sampled =
+        fits && columns <= (plan.ranks > 1 ? kMaxSampledColumnsOfCluster : kMaxSampledColumns);
     plan.threads = 1024;
     if (plan.ranks > 1) return plan;
   }
-  if (lists > 0 && 2 * lists <= num_sms && columns > kMinSplitColumns) {
+  plan.sampled = fits && columns <= kMaxSampledColumns;
+  // CTAs share long lists where one a list would leave half of the GPU idle.
+  constexpr int64_t kMinPartColumns = 4096;
+  constexpr int64_t kCtasPerSm = 2;
+  if (lists > 0 && 2 * lists <= num_sms && !plan.sampled && columns > kMaxSplitCandidates) {
     const int64_t least = (columns + kMaxSplitCandidates - 1) / kMaxSplitCandidates;
     const int64_t useful = std::min(kCtasPerSm * num_sms / lists, columns / kMinPartColumns);
     plan.parts = static_cast<int>(std::max(least, useful));

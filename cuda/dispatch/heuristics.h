@@ -32,10 +32,15 @@ namespace attnsieve::sm80 {
 // Candidates that a CTA of a split list can mark, 32 for each of its threads.
 inline constexpr int64_t kMaxSplitCandidates = 512 * 32;
 
+// Columns of lists that are sampled: shared memory has a bit for each.
+inline constexpr int64_t kMaxSampledColumns = 128 * 1024;
+inline constexpr int64_t kMaxSampledColumnsOfCluster = 1024 * 1024;
+
 struct SelectTokensPlan {
   int threads = 0;  // of a CTA that owns a list
   int parts = 1;  // CTAs that share a list over several launches; then they have 512 threads
   int ranks = 1;  // CTAs of a cluster that share a list in one launch (sm_90); 1, 2, 4 or 8
+  bool sampled = false;  // a floor from a sample of the scores first: one sweep instead of four
 };
 
 // How many threads select from a list. From shapes alone: lengths are not known to the host.

@@ -74,7 +74,8 @@ template <class Element, class Stored, int kHeadDim>
 std::vector<KernelEntry> decode_lists_entries();
 
 // ranks in {2, 4, 8}: CTAs that share a list.
-void launch_select_tokens(const TokenSelectProblem& problem, int ranks, void* stream);
+void launch_select_tokens(const TokenSelectProblem& problem, const sm80::SelectTokensPlan& plan,
+                          void* stream);
 std::vector<KernelEntry> select_tokens_entries();
 
 }  // namespace attnsieve::sm90

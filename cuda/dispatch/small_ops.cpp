@@ -25,7 +25,7 @@ void select_tokens(const TokenSelectProblem& problem, void* stream) {
   check_token_select(problem);
   sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, dispatch_device());
 #if ATTNSIEVE_SM90
-  if (plan.ranks > 1) return sm90::launch_select_tokens(problem, plan.ranks, stream);
+  if (plan.ranks > 1) return sm90::launch_select_tokens(problem, plan, stream);
 #endif
   if (problem.workspace == nullptr) plan.parts = 1;
   sm80::launch_select_tokens(problem, plan, stream);

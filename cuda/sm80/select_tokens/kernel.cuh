@@ -8,9 +8,11 @@
 // Invariants      Sums are integers and marks lie by position, so nothing depends on the order of
 //                 atomics. Scores are read from memory in every sweep, three of them as a rule:
 //                 caches serve the later ones.
+// First try       sampled.cuh, which reads the scores once.
 // Not handled     Lists that few CTAs should share: split.cuh.
 #pragma once
 
+#include "cuda/sm80/select_tokens/sampled.cuh"
 #include "cuda/sm80/select_tokens/write.cuh"
 
 namespace attnsieve::sm80 {
@@ -84,11 +86,23 @@ class TokenSelector {
   SharedStorage& smem_;
 };
 
+struct SelectTokensArguments {
+  TokenSelectProblem problem;
+  bool sampled;
+};
+
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    select_tokens_kernel(const __grid_constant__ TokenSelectProblem problem) {
-  __shared__ typename TokenSelector<kThreads>::SharedStorage smem;
-  TokenSelector<kThreads>(problem, blockIdx.x, smem).run();
+__global__ void __launch_bounds__(kThreads, kThreads < 1024 ? 2 : 1)
+    select_tokens_kernel(const __grid_constant__ SelectTokensArguments arguments) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  if (arguments.sampled) {
+    auto& smem = *reinterpret_cast<SampledStorage*>(shared_memory);
+    if (SampledSelector<kThreads, OneCta>(arguments.problem, smem).run()) return;
+    __syncthreads();
+  }
+  using Selector = TokenSelector<kThreads>;
+  auto& smem = *reinterpret_cast<typename Selector::SharedStorage*>(shared_memory);
+  Selector(arguments.problem, blockIdx.x, smem).run();
 }
 
 }  // namespace attnsieve::sm80

@@ -5,6 +5,7 @@
 //                 bin of the cut, which the others then read. For the write every rank tells those
 //                 above it how much it marked.
 // Shared memory   As kernel.cuh, and the search and the marks that other ranks read.
+// First try       cuda/sm80/select_tokens/sampled.cuh.
 // Pipeline        Two cluster barriers a digit, one before the write, one before the end: no rank
 //                 leaves while another may read its memory.
 // Invariants      As kernel.cuh.
@@ -12,7 +13,7 @@
 
 #include <cooperative_groups.h>
 
-#include "cuda/sm80/select_tokens/write.cuh"
+#include "cuda/sm80/select_tokens/kernel.cuh"
 
 namespace attnsieve::sm90 {
 
@@ -41,7 +42,9 @@ class ClusterSelector {
   __device__ void run() {
     const CutSearch search = find_cut();
     if (sm80::must_mark(list_, search)) write_marked(search.cut);
-    sm80::write_rest(list_, search, rank() * kThreads + threadIdx.x, kRanks * kThreads);
+    // The list once more, not kept in registers meanwhile.
+    sm80::write_rest(ScoreList(list_.problem, blockIdx.x / kRanks), search,
+                     rank() * kThreads + threadIdx.x, kRanks * kThreads);
     cg::this_cluster().sync();
   }
 
@@ -177,11 +180,34 @@ class ClusterSelector {
   Counter counter_;
 };
 
+// A cluster owns a list.
+template <int kRanks>
+struct ClusterOfCtas {
+  static constexpr int kCount = kRanks;
+  __device__ static int rank() { return static_cast<int>(blockIdx.x) % kRanks; }
+  __device__ static uint32_t list() { return blockIdx.x / kRanks; }
+  __device__ static void sync() { cg::this_cluster().sync(); }
+  template <class T>
+  __device__ static T* of_rank_0(T* pointer) {
+    return cg::this_cluster().map_shared_rank(pointer, 0);
+  }
+};
+
 template <int kThreads, int kRanks>
 __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads)
-    select_tokens_kernel(const __grid_constant__ TokenSelectProblem problem) {
-  __shared__ typename ClusterSelector<kThreads, kRanks>::SharedStorage smem;
-  ClusterSelector<kThreads, kRanks>(problem, smem).run();
+    select_tokens_kernel(const __grid_constant__ sm80::SelectTokensArguments arguments) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  using Ranks = ClusterOfCtas<kRanks>;
+  if (arguments.sampled) {
+    auto& smem = *reinterpret_cast<sm80::SampledStorage*>(shared_memory);
+    const bool done = sm80::SampledSelector<kThreads, Ranks>(arguments.problem, smem).run();
+    // Others read what rank 0 has before they leave.
+    if (!done || Ranks::rank() == 0) Ranks::sync();
+    if (done) return;
+  }
+  using Selector = ClusterSelector<kThreads, kRanks>;
+  auto& smem = *reinterpret_cast<typename Selector::SharedStorage*>(shared_memory);
+  Selector(arguments.problem, smem).run();
 }
 
 }  // namespace attnsieve::sm90

@@ -21,8 +21,16 @@ struct WorkspaceBytes {
 };
 
 template <int kThreads>
-void launch_whole(const TokenSelectProblem& problem, int64_t lists, void* stream) {
-  launch<select_tokens_kernel<kThreads>>(kName, lists, kThreads, 0, stream, problem);
+size_t radix_bytes() {
+  return sizeof(typename TokenSelector<kThreads>::SharedStorage);
+}
+
+template <int kThreads>
+void launch_whole(const TokenSelectProblem& problem, bool sampled, int64_t lists, void* stream) {
+  const size_t bytes = sampled ? sampled_bytes(problem.columns) : radix_bytes<kThreads>();
+  launch<select_tokens_kernel<kThreads>>(kName, lists, kThreads, bytes, stream,
+                                         SelectTokensArguments{problem, sampled},
+                                         sampled_bytes(kMaxSampledColumns));
 }
 
 void launch_split(const TokenSelectProblem& problem, int64_t lists, int parts, void* stream) {
@@ -57,19 +65,20 @@ void launch_select_tokens(const TokenSelectProblem& problem, const SelectTokensP
   if (lists == 0) return;
   if (plan.parts > 1) return launch_split(problem, lists, plan.parts, stream);
   switch (plan.threads) {
-    case 256: return launch_whole<256>(problem, lists, stream);
-    case 512: return launch_whole<512>(problem, lists, stream);
-    default: return launch_whole<1024>(problem, lists, stream);
+    case 256: return launch_whole<256>(problem, plan.sampled, lists, stream);
+    case 512: return launch_whole<512>(problem, plan.sampled, lists, stream);
+    default: return launch_whole<1024>(problem, plan.sampled, lists, stream);
   }
 }
 
 std::vector<KernelEntry> select_tokens_entries() {
-  const auto entry = [](const char* name, auto* kernel, int threads) {
-    return KernelEntry{name, reinterpret_cast<const void*>(kernel), threads, 0};
+  const auto entry = [](const char* name, auto* kernel, int threads, size_t shared_bytes = 0) {
+    return KernelEntry{name, reinterpret_cast<const void*>(kernel), threads, shared_bytes};
   };
-  return {entry("256 threads a list", &select_tokens_kernel<256>, 256),
-          entry("512 threads a list", &select_tokens_kernel<512>, 512),
-          entry("1024 threads a list", &select_tokens_kernel<1024>, 1024),
+  const size_t most = sampled_bytes(kMaxSampledColumns);
+  return {entry("256 threads a list", &select_tokens_kernel<256>, 256, most),
+          entry("512 threads a list", &select_tokens_kernel<512>, 512, most),
+          entry("1024 threads a list", &select_tokens_kernel<1024>, 1024, most),
           entry("digit of a split list", &select_tokens_digit_kernel, kSplitThreads),
           entry("write a split list", &select_tokens_write_kernel, kSplitThreads)};
 }

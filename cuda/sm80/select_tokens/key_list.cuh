@@ -1,0 +1,128 @@
+// Candidates in shared memory, and the exact cut among them.
+#pragma once
+
+#include "cuda/common/block_scan.cuh"
+#include "cuda/sm80/select_tokens/search.cuh"
+
+namespace attnsieve::sm80 {
+
+// A candidate as one integer: its order, then how far it lies before the end of its list. The
+// larger is better, and no two are equal.
+using CandidateKey = uint64_t;
+
+inline constexpr int kOrderShift = 32;
+inline constexpr uint32_t kKeyCapacity = 8192;
+
+__device__ __forceinline__ CandidateKey candidate_key(uint32_t order, uint32_t before_end) {
+  return CandidateKey{order} << kOrderShift | before_end;
+}
+
+__device__ __forceinline__ int bit_width(CandidateKey x) { return 64 - __clzll(x); }
+
+// The keys of a list that are worth a look, in no order.
+struct KeyList {
+  static constexpr int kBins = 2048;
+  static constexpr int kBinBits = 11;
+  static constexpr uint32_t kPairs = 512;  // so many are ranked each against each
+
+  alignas(16) CandidateKey keys[kKeyCapacity];
+  alignas(16) uint32_t histogram[kBins];  // zero between uses
+  CandidateKey pairs[kPairs];
+  CandidateKey max;  // zero before
+  CandidateKey cut;
+  uint32_t size;  // zero before; counts also what does not fit
+  uint32_t num_pairs;  // zero before
+  DigitChoice choice;
+  uint32_t warp_totals[kWarpThreads];
+
+  // The smallest of the best `kept` keys; 0 < kept < size. All are at least `floor` and lie less
+  // than 2^position_bits before the end. By all threads of a CTA.
+  template <int kThreads>
+  __device__ CandidateKey find_cut(uint32_t kept, uint32_t floor, int position_bits) {
+    find_max<kThreads>();
+    CandidateKey low = candidate_key(floor, 0);
+    uint32_t missing = kept;
+    int shift = ::max(0, bit_width(max - low) - kBinBits);
+    int bins = kBins;
+    while (true) {
+      count<kThreads>(low, shift, bins);
+      choose<kThreads>(missing);
+      low += CandidateKey{choice.bin} << shift;
+      missing = choice.missing;
+      if (missing == choice.bucket) return low;
+      if (choice.bucket <= kPairs) return rank_pairs<kThreads>(low, shift, missing);
+      // Orders are told apart to the last bit before positions are.
+      int next = ::max(kOrderShift, shift - kBinBits);
+      if (shift <= kOrderShift) {
+        next = ::max(0, (shift == kOrderShift ? position_bits : shift) - kBinBits);
+      }
+      bins = 1 << ::min(kBinBits, shift - next);
+      shift = next;
+    }
+  }
+
+ private:
+  template <int kThreads>
+  __device__ void find_max() {
+    CandidateKey best = 0;
+    for (uint32_t i = threadIdx.x; i < size; i += kThreads) best = ::max(best, keys[i]);
+    // Orders decide: what lies below one only makes the range a little longer.
+    const uint32_t order = __reduce_max_sync(kWholeWarp, static_cast<uint32_t>(best >> kOrderShift));
+    if (threadIdx.x % kWarpThreads == 0) {
+      atomicMax(reinterpret_cast<unsigned long long*>(&max), candidate_key(order, kNoOrder));
+    }
+    __syncthreads();
+  }
+
+  template <int kThreads>
+  __device__ void count(CandidateKey low, int shift, int bins) {
+    for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
+      const CandidateKey bin = (keys[i] - low) >> shift;  // wraps below `low`
+      if (bin < bins) atomicAdd(&histogram[bin], 1u);
+    }
+    __syncthreads();
+  }
+
+  template <int kThreads>
+  __device__ void choose(uint32_t missing) {
+    constexpr int kBinsPerThread = kBins / kThreads;
+    const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
+    uint32_t counts[kBinsPerThread];
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      counts[i] = histogram[top - i];
+      histogram[top - i] = 0;
+      sum += counts[i];
+    }
+    uint32_t above = block_exclusive_sum<kThreads>(sum, warp_totals);
+    if (above < missing && missing <= above + sum) {
+#pragma unroll
+      for (int i = 0; i < kBinsPerThread; ++i) {
+        if (above < missing && missing <= above + counts[i]) {
+          choice = {static_cast<uint32_t>(top - i), missing - above, counts[i]};
+        }
+        above += counts[i];
+      }
+    }
+    __syncthreads();
+  }
+
+  template <int kThreads>
+  __device__ CandidateKey rank_pairs(CandidateKey low, int shift, uint32_t missing) {
+    for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
+      if ((keys[i] - low) >> shift == 0) pairs[atomicAdd(&num_pairs, 1u)] = keys[i];
+    }
+    __syncthreads();
+    const uint32_t count = num_pairs;
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+      uint32_t better = 0;
+      for (uint32_t j = 0; j < count; ++j) better += pairs[j] > pairs[i];
+      if (better == missing - 1) cut = pairs[i];
+    }
+    __syncthreads();
+    return cut;
+  }
+};
+
+}  // namespace attnsieve::sm80
