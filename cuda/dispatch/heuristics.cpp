@@ -48,7 +48,8 @@ SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem,
   const bool clusters = device.compute_capability == 90;
   // Room in the list of keys for more than are kept.
   constexpr int64_t kMaxSampledCapacity = 6144;
-  const bool fits = problem.rule == TokenRule::kThreshold || problem.capacity <= kMaxSampledCapacity;
+  const bool fits =
+      problem.rule == TokenRule::kThreshold || problem.capacity <= kMaxSampledCapacity;
   SelectTokensPlan plan;
   if (clusters) {
     // A rank samples the whole list: it should have more than that to do.

@@ -23,9 +23,9 @@ class TokenSelector {
   using Counter = DigitCounter<kThreads>;
   using SharedStorage = typename Counter::SharedStorage;
 
-  __device__ TokenSelector(const TokenSelectProblem& problem, uint32_t list_of_all,
+  __device__ TokenSelector(const SelectTokensArguments& arguments, uint32_t list_of_all,
                            SharedStorage& smem)
-      : list_(problem, list_of_all), smem_(smem) {}
+      : list_(arguments, list_of_all), smem_(smem) {}
 
   __device__ void run() {
     const CutSearch search = find_cut();
@@ -86,23 +86,18 @@ class TokenSelector {
   SharedStorage& smem_;
 };
 
-struct SelectTokensArguments {
-  TokenSelectProblem problem;
-  bool sampled;
-};
-
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads < 1024 ? 2 : 1)
     select_tokens_kernel(const __grid_constant__ SelectTokensArguments arguments) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   if (arguments.sampled) {
     auto& smem = *reinterpret_cast<SampledStorage*>(shared_memory);
-    if (SampledSelector<kThreads, OneCta>(arguments.problem, smem).run()) return;
+    if (SampledSelector<kThreads, OneCta>(arguments, smem).run()) return;
     __syncthreads();
   }
   using Selector = TokenSelector<kThreads>;
   auto& smem = *reinterpret_cast<typename Selector::SharedStorage*>(shared_memory);
-  Selector(arguments.problem, blockIdx.x, smem).run();
+  Selector(arguments, blockIdx.x, smem).run();
 }
 
 }  // namespace attnsieve::sm80

@@ -28,12 +28,21 @@ struct KeyList {
   alignas(16) CandidateKey keys[kKeyCapacity];
   alignas(16) uint32_t histogram[kBins];  // zero between uses
   CandidateKey pairs[kPairs];
-  CandidateKey max;  // zero before
+  CandidateKey max;
   CandidateKey cut;
-  uint32_t size;  // zero before; counts also what does not fit
-  uint32_t num_pairs;  // zero before
+  uint32_t size;  // counts also what does not fit
+  uint32_t num_equal;  // candidates that equal the floor and are not listed
+  uint32_t num_pairs;
   DigitChoice choice;
   uint32_t warp_totals[kWarpThreads];
+
+  template <int kThreads>
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < kBins / 4; i += kThreads) {
+      reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
+    }
+    if (threadIdx.x == 0) max = size = num_equal = num_pairs = 0;
+  }
 
   // The smallest of the best `kept` keys; 0 < kept < size. All are at least `floor` and lie less
   // than 2^position_bits before the end. By all threads of a CTA.
@@ -67,7 +76,8 @@ struct KeyList {
     CandidateKey best = 0;
     for (uint32_t i = threadIdx.x; i < size; i += kThreads) best = ::max(best, keys[i]);
     // Orders decide: what lies below one only makes the range a little longer.
-    const uint32_t order = __reduce_max_sync(kWholeWarp, static_cast<uint32_t>(best >> kOrderShift));
+    const uint32_t order =
+        __reduce_max_sync(kWholeWarp, static_cast<uint32_t>(best >> kOrderShift));
     if (threadIdx.x % kWarpThreads == 0) {
       atomicMax(reinterpret_cast<unsigned long long*>(&max), candidate_key(order, kNoOrder));
     }
@@ -86,21 +96,22 @@ struct KeyList {
   template <int kThreads>
   __device__ void choose(uint32_t missing) {
     constexpr int kBinsPerThread = kBins / kThreads;
-    const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
+    const int first = kBins - kBinsPerThread * (1 + static_cast<int>(threadIdx.x));
     uint32_t counts[kBinsPerThread];
     uint32_t sum = 0;
 #pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-      counts[i] = histogram[top - i];
-      histogram[top - i] = 0;
-      sum += counts[i];
+    for (int i = 0; i < kBinsPerThread; i += 2) {
+      auto& two = *reinterpret_cast<uint2*>(histogram + first + i);
+      reinterpret_cast<uint2&>(counts[i]) = two;
+      two = make_uint2(0, 0);
+      sum += counts[i] + counts[i + 1];
     }
     uint32_t above = block_exclusive_sum<kThreads>(sum, warp_totals);
     if (above < missing && missing <= above + sum) {
 #pragma unroll
-      for (int i = 0; i < kBinsPerThread; ++i) {
+      for (int i = kBinsPerThread - 1; i >= 0; --i) {
         if (above < missing && missing <= above + counts[i]) {
-          choice = {static_cast<uint32_t>(top - i), missing - above, counts[i]};
+          choice = {static_cast<uint32_t>(first + i), missing - above, counts[i]};
         }
         above += counts[i];
       }

@@ -1,6 +1,8 @@
 // One list of scores as a CTA sees it, and the sweep over its candidates.
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include "attnsieve/token_select.h"
 #include "cuda/common/numeric.cuh"
 #include "cuda/common/score_order.cuh"
@@ -10,6 +12,19 @@ namespace attnsieve::sm80 {
 inline constexpr uint32_t kNoOrder = 0xffffffffu;  // above the order of every score
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
+// What the host hands the kernels.
+struct SelectTokensArguments {
+  TokenSelectProblem problem;
+  cutlass::FastDivmod by_lists;  // of the lists of a row
+  cutlass::FastDivmod by_rows;  // of the rows of a sequence
+  bool sampled;
+};
+
+inline SelectTokensArguments make_arguments(const TokenSelectProblem& problem, bool sampled) {
+  return {problem, cutlass::FastDivmod(static_cast<int>(problem.num_lists)),
+          cutlass::FastDivmod(static_cast<int>(problem.seqlen_q)), sampled};
+}
+
 struct ScoreList {
   const TokenSelectProblem& problem;
   const float* scores;
@@ -18,13 +33,16 @@ struct ScoreList {
   TokenCandidates candidates;
   uint32_t limit;  // threshold rule: orders above it pass
 
-  __device__ ScoreList(const TokenSelectProblem& p, uint32_t list_of_all)
-      : problem(p), flat(list_of_all) {
-    const uint32_t num_lists = static_cast<uint32_t>(p.num_lists);
-    const uint32_t rows = static_cast<uint32_t>(p.seqlen_q);
-    const uint32_t list = list_of_all % num_lists;
-    const uint32_t row = list_of_all / num_lists % rows;
-    batch = list_of_all / num_lists / rows;
+  __device__ ScoreList(const SelectTokensArguments& arguments, uint32_t list_of_all)
+      : problem(arguments.problem), flat(list_of_all) {
+    const TokenSelectProblem& p = problem;
+    int row_of_all = 0;
+    int list = 0;
+    int sequence = 0;
+    int row = 0;
+    arguments.by_lists(row_of_all, list, static_cast<int>(list_of_all));
+    arguments.by_rows(sequence, row, row_of_all);
+    batch = sequence;
     scores = p.scores + batch * p.scores_stride_batch + row * p.scores_stride_row +
              list * p.scores_stride_head;
     candidates = token_candidates(p, batch, row);

@@ -29,7 +29,7 @@ struct SplitState {
 };
 
 struct SplitArguments {
-  TokenSelectProblem problem;
+  SelectTokensArguments lists;
   SplitState* states;  // a list each
   uint32_t* counts;    // [lists, parts]: of a part's marks, plus 1; 0 until they are known
   uint32_t* orders;    // [lists, kListCapacity]
@@ -44,7 +44,7 @@ class SplitList {
 
   __device__ explicit SplitList(const SplitArguments& arguments)
       : arguments_(arguments),
-        list_(arguments.problem, blockIdx.x / arguments.parts),
+        list_(arguments.lists, blockIdx.x / arguments.parts),
         state_(arguments.states[list_.flat]) {}
 
  protected:

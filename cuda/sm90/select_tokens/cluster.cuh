@@ -36,14 +36,17 @@ class ClusterSelector {
     uint32_t equal_before;
   };
 
-  __device__ ClusterSelector(const TokenSelectProblem& problem, SharedStorage& smem)
-      : list_(problem, blockIdx.x / kRanks), smem_(smem), counter_(smem.counter) {}
+  __device__ ClusterSelector(const sm80::SelectTokensArguments& arguments, SharedStorage& smem)
+      : arguments_(arguments),
+        list_(arguments, blockIdx.x / kRanks),
+        smem_(smem),
+        counter_(smem.counter) {}
 
   __device__ void run() {
     const CutSearch search = find_cut();
     if (sm80::must_mark(list_, search)) write_marked(search.cut);
     // The list once more, not kept in registers meanwhile.
-    sm80::write_rest(ScoreList(list_.problem, blockIdx.x / kRanks), search,
+    sm80::write_rest(ScoreList(arguments_, blockIdx.x / kRanks), search,
                      rank() * kThreads + threadIdx.x, kRanks * kThreads);
     cg::this_cluster().sync();
   }
@@ -175,6 +178,7 @@ class ClusterSelector {
     __syncthreads();
   }
 
+  const sm80::SelectTokensArguments& arguments_;
   ScoreList list_;
   SharedStorage& smem_;
   Counter counter_;
@@ -200,14 +204,14 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads)
   using Ranks = ClusterOfCtas<kRanks>;
   if (arguments.sampled) {
     auto& smem = *reinterpret_cast<sm80::SampledStorage*>(shared_memory);
-    const bool done = sm80::SampledSelector<kThreads, Ranks>(arguments.problem, smem).run();
+    const bool done = sm80::SampledSelector<kThreads, Ranks>(arguments, smem).run();
     // Others read what rank 0 has before they leave.
     if (!done || Ranks::rank() == 0) Ranks::sync();
     if (done) return;
   }
   using Selector = ClusterSelector<kThreads, kRanks>;
   auto& smem = *reinterpret_cast<typename Selector::SharedStorage*>(shared_memory);
-  Selector(arguments.problem, smem).run();
+  Selector(arguments, smem).run();
 }
 
 }  // namespace attnsieve::sm90

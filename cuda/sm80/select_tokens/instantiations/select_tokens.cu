@@ -29,7 +29,7 @@ template <int kThreads>
 void launch_whole(const TokenSelectProblem& problem, bool sampled, int64_t lists, void* stream) {
   const size_t bytes = sampled ? sampled_bytes(problem.columns) : radix_bytes<kThreads>();
   launch<select_tokens_kernel<kThreads>>(kName, lists, kThreads, bytes, stream,
-                                         SelectTokensArguments{problem, sampled},
+                                         make_arguments(problem, sampled),
                                          sampled_bytes(kMaxSampledColumns));
 }
 
@@ -40,7 +40,7 @@ void launch_split(const TokenSelectProblem& problem, int64_t lists, int parts, v
       cudaMemsetAsync(workspace, 0, bytes.states + bytes.counts, static_cast<cudaStream_t>(stream)),
       "select_tokens: zero the workspace");
   SplitArguments arguments;
-  arguments.problem = problem;
+  arguments.lists = make_arguments(problem, false);
   arguments.states = reinterpret_cast<SplitState*>(workspace);
   arguments.counts = reinterpret_cast<uint32_t*>(workspace + bytes.states);
   arguments.orders = reinterpret_cast<uint32_t*>(workspace + bytes.states + bytes.counts);
