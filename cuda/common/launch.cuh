@@ -27,16 +27,16 @@ void allow_shared_memory(size_t bytes, const char* name) {
 
 // Launches kKernel<<<ctas, threads, shared_bytes, stream>>>(argument). A kernel whose launches differ
 // in shared_bytes says how many they need at most.
-template <auto kKernel, class Argument>
+template <auto kKernel, class Argument, size_t kMostSharedBytes = 0>
 void launch(const char* name, int64_t ctas, int threads, size_t shared_bytes, void* stream,
-            const Argument& argument, size_t most_shared_bytes = 0) {
+            const Argument& argument) {
   if (ctas <= 0) return;
   if (ctas > std::numeric_limits<int32_t>::max()) {
     throw InvalidArgument(std::string(name) + ": the problem needs " + std::to_string(ctas) +
                           " thread blocks, more than one grid dimension holds");
   }
   if (shared_bytes > kDefaultSharedMemory) {
-    allow_shared_memory<kKernel>(std::max(shared_bytes, most_shared_bytes), name);
+    allow_shared_memory<kKernel>(std::max(shared_bytes, kMostSharedBytes), name);
   }
   kKernel<<<static_cast<unsigned>(ctas), static_cast<unsigned>(threads), shared_bytes,
             static_cast<cudaStream_t>(stream)>>>(argument);

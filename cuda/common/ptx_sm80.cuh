@@ -20,15 +20,6 @@ __device__ __forceinline__ void cp_async_16_or_zero(void* smem, const void* gmem
                "r"(bytes));
 }
 
-// The same, and fetches 256 bytes into L2: for rows that lie together in as many.
-__device__ __forceinline__ void cp_async_16_of_256_or_zero(void* smem, const void* gmem,
-                                                           bool valid) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(address), "l"(gmem),
-               "r"(bytes));
-}
-
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::); }
 
 template <int kPending>

@@ -10,7 +10,7 @@ namespace attnsieve::cuda {
 DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
   constexpr int kMaxColumns = 16;  // two MMA tiles: more would not leave room for the output
   constexpr int64_t kTileKeys = 16;
-  constexpr int64_t kChunkUnit = 128;  // two tiles for each of four warps
+  constexpr int64_t kChunkUnit = 64;  // a tile for each of four warps
   constexpr int64_t kMaxCount = std::numeric_limits<int>::max() / kMaxDecodeSplits;
   DecodePlan plan;
   plan.rows = problem.index.per_row() ? 1 : static_cast<int>(problem.seqlen_q);
@@ -44,7 +44,6 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
                           " keys, at most " + std::to_string(kMaxSlots) + " are supported");
   }
   // Short lists: eight CTAs take a few tiles a warp each, and merge without a word to memory.
-  // An estimate, not yet measured.
   constexpr int64_t kMaxClusterSlots = 8192;
   plan.clustered = device.compute_capability == 90 && problem.index.given() &&
                    problem.num_splits == 0 && slots <= kMaxClusterSlots;

@@ -11,6 +11,7 @@ namespace attnsieve::sm80 {
 inline constexpr int kDecodeWarps = 4;
 inline constexpr int kDecodeThreads = kDecodeWarps * kWarpThreads;
 inline constexpr int kDecodeStages = 2;
+inline constexpr int kDecodeCtasPerSm = 2;  // of the kernel for every problem
 inline constexpr int kTileKeys = 16;
 inline constexpr int kTileColumns = 8;
 
@@ -31,7 +32,7 @@ struct DecodeConfig {
   static constexpr int kColumns = kColumnTiles * kTileColumns;
   static constexpr int kSteps = kHeadDim / 16;  // of an MMA over dimensions
   static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(Stored));
-  // Registers for a wider output leave room for fewer.
+  // Of lists; registers for a wider output leave room for fewer.
   static constexpr int kCtasPerSm = kHeadDim * kColumns > 1024 ? 2 : 3;
   static constexpr int kRowChunks = kHeadDim / kChunkElements;  // of 16 bytes
 
@@ -40,15 +41,15 @@ struct DecodeConfig {
     alignas(128) Stored v[kTileKeys * kHeadDim];
     int position[kTileKeys];
   };
+  // What a warp leaves for the others.
   struct Merge {
     // The gap keeps the lanes that store a fragment on banks of their own.
     alignas(16) float out[kColumns][kHeadDim + 4];
     float max[kColumns];
     float sum[kColumns];
   };
-  union WarpStorage {
-    Stage stages[kDecodeStages];
-    Merge merge;
+  struct Stages {
+    Stage stage[kDecodeStages];
   };
 
   // Element offset of a 16-byte chunk in a tile: conflict-free for cp.async and ldmatrix.

@@ -5,9 +5,10 @@
 //                 number of slots; the chunks of all items, laid end to end, are dealt out evenly to
 //                 the CTAs. In a chunk the warps take tiles of 16 keys in turn, each with a
 //                 pipeline of its own.
-// Shared memory   kDecodeStages tiles of K and V a warp; then the warps' results, then the weights of
-//                 chunks.
-// Pipeline        A warp waits for its own copies only; two block barriers a chunk.
+// Shared memory   kDecodeStages tiles of K and V a warp; beside them the warps' results, then the
+//                 weights of chunks; the tasks of this item and of the next.
+// Pipeline        A warp waits for its own copies only. The first tiles of the next chunk are on
+//                 their way while this one's results are merged.
 // Invariants      A chunk's bounds depend on its own item and on capacities; chunks are merged in
 //                 their order by the CTA that arrives last: the same bits whatever else is in the
 //                 batch, and however many CTAs there are.
@@ -22,12 +23,13 @@ namespace attnsieve::sm80 {
 
 template <class Config>
 struct DecodeStorage {
+  typename Config::Stages stages[kDecodeWarps];
   union {
-    typename Config::WarpStorage warps[kDecodeWarps];
+    typename Config::Merge merges[kDecodeWarps];
     ChunkWeights<Config> weights;
     typename cub::BlockScan<int, kDecodeThreads>::TempStorage scan;
   };
-  DecodeTask task;
+  DecodeTask tasks[2];  // items take turns
   int item;
   int chunk;
   bool last;
@@ -80,8 +82,7 @@ __device__ int find_share(const DecodeArguments& a, DecodeStorage<Config>& smem)
 }
 
 template <class Types, int kHeadDim, int kColumnTiles>
-__global__ void __launch_bounds__(kDecodeThreads,
-                                  DecodeConfig<Types, kHeadDim, kColumnTiles>::kCtasPerSm)
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
   using Config = DecodeConfig<Types, kHeadDim, kColumnTiles>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
@@ -91,21 +92,29 @@ __global__ void __launch_bounds__(kDecodeThreads,
   if (share == 0) return;
   int item = smem.item;
   int chunk = smem.chunk;
-  bool new_item = true;
+  int turn = 0;
+  if (threadIdx.x == 0) smem.tasks[0] = make_task<typename Config::Stored>(a, item);
+  __syncthreads();
+  DecodeWarp<Config> warp(a, smem.stages[warp_index]);
+  const auto start = [&](const DecodeTask& task, int next_chunk) {
+    const int begin = next_chunk * a.plan.chunk_keys;
+    warp.start(task, begin, min(task.slots, begin + a.plan.chunk_keys));
+  };
+  start(smem.tasks[0], chunk);
   for (int i = 0; i < share; ++i) {
-    if (new_item && threadIdx.x == 0) smem.task = make_task<typename Config::Stored>(a, item);
-    __syncthreads();
-    const DecodeTask& task = smem.task;
+    const DecodeTask& task = smem.tasks[turn];
     const int chunks = task.chunks(a.plan);
-    const int begin = chunk * a.plan.chunk_keys;
-    {
-      DecodeWarp<Config> warp(a, task, smem.warps[warp_index]);
-      warp.run(begin, min(task.slots, begin + a.plan.chunk_keys));
-      publish(warp, smem.warps[warp_index]);
+    const bool ends_item = chunk + 1 == chunks;
+    const int next_turn = turn ^ static_cast<int>(ends_item);
+    if (ends_item && i + 1 < share && threadIdx.x == 0) {
+      smem.tasks[next_turn] = make_task<typename Config::Stored>(a, item + 1);
     }
+    warp.run();
+    publish(warp, smem.merges[warp_index]);
     __syncthreads();
+    if (i + 1 < share) start(smem.tasks[next_turn], ends_item ? 0 : chunk + 1);
     const int64_t first_slot = static_cast<int64_t>(item) * a.plan.max_chunks;
-    merge_warps<Config>(a, task.item, first_slot + chunk, chunks == 1, smem.warps);
+    merge_warps<Config>(a, task.item, first_slot + chunk, chunks == 1, smem.merges);
     if (chunks > 1) {
       __threadfence();
       __syncthreads();
@@ -119,11 +128,11 @@ __global__ void __launch_bounds__(kDecodeThreads,
       }
     }
     __syncthreads();
-    new_item = ++chunk == chunks;
-    if (new_item) {
-      chunk = 0;
-      ++item;
-    }
+    turn = next_turn;
+    ++chunk;
+    if (!ends_item) continue;
+    chunk = 0;
+    ++item;
   }
 }
 

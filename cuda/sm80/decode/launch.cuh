@@ -13,8 +13,9 @@ template <class Types, int kHeadDim, int kColumnTiles>
 void launch_decode_kernel(const DecodeArguments& arguments, int num_sms, void* stream) {
   using Config = DecodeConfig<Types, kHeadDim, kColumnTiles>;
   using Storage = DecodeStorage<Config>;
+  static_assert(sizeof(Storage) <= 99 * 1024);  // of compute capability 8.6 and 8.9
   const int64_t chunks = int64_t{arguments.plan.items} * arguments.plan.max_chunks;
-  const int64_t ctas = std::min<int64_t>(chunks, num_sms * Config::kCtasPerSm);
+  const int64_t ctas = std::min<int64_t>(chunks, num_sms * kDecodeCtasPerSm);
   launch<decode_kernel<Types, kHeadDim, kColumnTiles>>("decode", ctas, kDecodeThreads,
                                                        sizeof(Storage), stream, arguments);
 }

@@ -25,19 +25,33 @@ class DecodeWarp {
   using Stage = typename Config::Stage;
   static constexpr int kSteps = Config::kSteps;
   static constexpr int kColumnTiles = Config::kColumnTiles;
+  static constexpr int kStride = kDecodeWarps * kTileKeys;
 
  public:
   float out[kSteps][kColumnTiles][4];  // [16 dimensions][8 columns] as MMA accumulators
   OnlineSoftmax<2 * kColumnTiles> softmax;  // columns 8 i + 2 (lane % 4), + 1
 
-  __device__ DecodeWarp(const DecodeArguments& a, const DecodeTask& task,
-                        typename Config::WarpStorage& smem)
-      : a_(a),
-        task_(task),
-        smem_(smem),
-        lane_(static_cast<int>(threadIdx.x) % kWarpThreads),
-        scale_log2_(logit_scale(a.problem, task.item.kv_head) * kLog2e),
-        slack_(kRescaleLog2 / scale_log2_) {
+  __device__ DecodeWarp(const DecodeArguments& a, typename Config::Stages& smem)
+      : a_(a), smem_(smem), lane_(static_cast<int>(threadIdx.x) % kWarpThreads) {}
+
+  // Starts the loads for slots [begin, end) of a task's walk, this warp's tiles of 16 among those of
+  // the CTA. A task of another item lies at another address.
+  __device__ void start(const DecodeTask& task, int begin, int end) {
+    const bool new_item = task_ != &task;
+    task_ = &task;
+    begin_ = begin + static_cast<int>(threadIdx.x) / kWarpThreads * kTileKeys;
+    end_ = end;
+    const KeyPlace first = place_in(begin_);
+    const KeyPlace second = place_in(begin_ + kStride);
+    if (new_item) load_queries();
+    load(smem_.stage[0], first);
+    load(smem_.stage[1], second);
+    next_ = place_in(begin_ + 2 * kStride);
+  }
+
+  // Attends to the slots that were started.
+  __device__ void run() {
+    softmax = OnlineSoftmax<2 * kColumnTiles>();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -46,28 +60,14 @@ class DecodeWarp {
         for (int i = 0; i < 4; ++i) out[step][tile][i] = 0.0f;
       }
     }
-  }
-
-  // Slots [begin, end) of the walk, this warp's tiles of 16 among those of the CTA.
-  __device__ void run(int begin, int end) {
-    constexpr int kStride = kDecodeWarps * kTileKeys;
-    begin += static_cast<int>(threadIdx.x) / kWarpThreads * kTileKeys;
-    {
-      const KeyPlace first = place_in(begin, end);
-      const KeyPlace second = place_in(begin + kStride, end);
-      load_queries();
-      load(smem_.stages[0], first);
-      load(smem_.stages[1], second);
-    }
-    KeyPlace next = place_in(begin + 2 * kStride, end);
     int stage = 0;
-    for (int slot = begin; slot < end; slot += kStride) {
+    for (int slot = begin_; slot < end_; slot += kStride) {
       cp_async_wait<kDecodeStages - 1>();
       __syncwarp();
-      attend(smem_.stages[stage]);
+      attend(smem_.stage[stage]);
       __syncwarp();
-      load(smem_.stages[stage], next);
-      next = place_in(slot + 3 * kStride, end);
+      load(smem_.stage[stage], next_);
+      next_ = place_in(slot + 3 * kStride);
       stage ^= 1;
     }
     cp_async_wait<0>();
@@ -82,16 +82,18 @@ class DecodeWarp {
   static constexpr int kNoColumn = -0x7fffffff - 1;
   // The last position that a column sees; negative where it sees none.
   __device__ int limit_of(int column) const {
-    if (column >= task_.item.columns) return kNoColumn;
+    if (column >= task_->item.columns) return kNoColumn;
     if (!a_.problem.causal) return KeyPlace::kNowhere - 1;
-    const int row = task_.item.row + column / task_.item.heads;
-    return task_.length - static_cast<int>(a_.problem.seqlen_q) + row;
+    const int row = task_->item.row + column / task_->item.heads;
+    return task_->length - static_cast<int>(a_.problem.seqlen_q) + row;
   }
 
-  // B operands of S^T: columns of Q^T.
+  // B operands of S^T, columns of Q^T, and what else depends on the item.
   __device__ void load_queries() {
+    scale_log2_ = logit_scale(a_.problem, task_->item.kv_head) * kLog2e;
+    slack_ = kRescaleLog2 / scale_log2_;
     const HeadTensor& q = a_.problem.q;
-    const DecodeItem& item = task_.item;
+    const DecodeItem& item = task_->item;
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
       const int column = tile * kTileColumns + lane_ / 4;
@@ -114,10 +116,10 @@ class DecodeWarp {
   }
 
   // Of this lane's key, lane % 16 of a tile.
-  __device__ KeyPlace place_in(int tile_slot, int end) const {
+  __device__ KeyPlace place_in(int tile_slot) const {
     const int slot = tile_slot + lane_ % kTileKeys;
-    if (slot >= end) return {0, 0, KeyPlace::kNowhere};
-    return place_of(a_, task_, slot);
+    if (slot >= end_) return {0, 0, KeyPlace::kNowhere};
+    return place_of(a_, *task_, slot);
   }
 
   // Starts the copies of a tile; keys that do not exist become zeros. The lower lanes know where the
@@ -126,7 +128,7 @@ class DecodeWarp {
     if (lane_ < kTileKeys) stage.position[lane_] = place.position;
     const bool exists = place.position != KeyPlace::kNowhere;
     const uint32_t mask = __ballot_sync(0xffffffffu, exists);
-    const KeySource& source = lane_ < kTileKeys ? task_.k : task_.v;
+    const KeySource& source = lane_ < kTileKeys ? task_->k : task_->v;
     const auto* row_start = static_cast<const Stored*>(source.data);
     if (exists) row_start += place.outer * source.stride_outer + place.row * source.stride_row;
     const auto address = reinterpret_cast<unsigned long long>(row_start);
@@ -137,20 +139,12 @@ class DecodeWarp {
       const int row = pass * kPassRows + lane_ / Config::kRowChunks;
       const int offset = Config::offset(row, chunk);
       const bool row_exists = mask >> row & 1u;
-      copy(stage.k + offset, __shfl_sync(0xffffffffu, address, row) + chunk * 16, row_exists);
-      copy(stage.v + offset, __shfl_sync(0xffffffffu, address, kTileKeys + row) + chunk * 16,
-           row_exists);
+      const auto k = __shfl_sync(0xffffffffu, address, row) + chunk * 16;
+      const auto v = __shfl_sync(0xffffffffu, address, kTileKeys + row) + chunk * 16;
+      cp_async_16_or_zero(stage.k + offset, reinterpret_cast<const void*>(k), row_exists);
+      cp_async_16_or_zero(stage.v + offset, reinterpret_cast<const void*>(v), row_exists);
     }
     cp_async_commit();
-  }
-
-  static __device__ void copy(Stored* to, unsigned long long from, bool exists) {
-    const auto* source = reinterpret_cast<const void*>(from);
-    if constexpr (Config::kRowChunks == 16) {
-      cp_async_16_of_256_or_zero(to, source, exists);
-    } else {
-      cp_async_16_or_zero(to, source, exists);
-    }
   }
 
   __device__ void attend(Stage& stage) {
@@ -210,7 +204,8 @@ class DecodeWarp {
     }
   }
 
-  // Takes new maxima into the state where a score leaves the old one too far behind.
+  // Takes new maxima into the state where a score leaves the old one too far behind. Each column for
+  // itself: what one sees does not change another's bits.
   __device__ void rescale(const float (&scores)[kColumnTiles][4]) {
     bool behind = false;
     float maxima[2 * kColumnTiles];
@@ -227,6 +222,7 @@ class DecodeWarp {
       for (int distance = 4; distance < kWarpThreads; distance *= 2) {
         maxima[i] = max_nan(maxima[i], __shfl_xor_sync(0xffffffffu, maxima[i], distance));
       }
+      if (maxima[i] <= softmax.row_max[i] + slack_) maxima[i] = negative_infinity();
       factors[i] = softmax.begin(i, maxima[i], scale_log2_).rescale;
       softmax.row_sum[i] *= factors[i];
     }
@@ -278,9 +274,12 @@ class DecodeWarp {
   }
 
   const DecodeArguments& a_;
-  const DecodeTask& task_;
-  typename Config::WarpStorage& smem_;
+  typename Config::Stages& smem_;
   int lane_;
+  const DecodeTask* task_ = nullptr;
+  int begin_;  // slots
+  int end_;
+  KeyPlace next_;  // of the tile behind those under way
   float scale_log2_;
   float slack_;  // kRescaleLog2 in unscaled logits
   uint32_t query_[kSteps][kColumnTiles][2];

@@ -19,9 +19,9 @@ __device__ __forceinline__ void add_scaled(float4& sum, float weight, const floa
   sum.w = fmaf(weight, x.w, sum.w);
 }
 
-// Leaves a warp's result in its shared memory, whose stages are no longer needed.
+// Leaves a warp's result in shared memory.
 template <class Config>
-__device__ void publish(DecodeWarp<Config>& warp, typename Config::WarpStorage& smem) {
+__device__ void publish(const DecodeWarp<Config>& warp, typename Config::Merge& merge) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kColumnTiles; ++i) {
@@ -32,14 +32,14 @@ __device__ void publish(DecodeWarp<Config>& warp, typename Config::WarpStorage& 
     }
     const int column = i / 2 * kTileColumns + lane % 4 * 2 + i % 2;
     if (lane < 4) {
-      smem.merge.max[column] = warp.softmax.row_max[i];
-      smem.merge.sum[column] = sum;
+      merge.max[column] = warp.softmax.row_max[i];
+      merge.sum[column] = sum;
     }
 #pragma unroll
     for (int step = 0; step < Config::kSteps; ++step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        smem.merge.out[column][Config::out_dim(step, half, lane / 4)] =
+        merge.out[column][Config::out_dim(step, half, lane / 4)] =
             warp.out[step][i / 2][half * 2 + i % 2];
       }
     }
@@ -80,20 +80,20 @@ struct PartResult {
 
 // The warps' results of a chunk for four dimensions of a column, in warp order.
 template <class Config>
-__device__ __forceinline__ float4 merge_column(const typename Config::WarpStorage* smem, int column,
+__device__ __forceinline__ float4 merge_column(const typename Config::Merge* merges, int column,
                                                int dim, float scale_log2, float& max, float& sum) {
   max = negative_infinity();
 #pragma unroll
   for (int warp = 0; warp < kDecodeWarps; ++warp) {
-    max = max_nan(max, smem[warp].merge.max[column]);
+    max = max_nan(max, merges[warp].max[column]);
   }
   sum = 0.0f;
   float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
   for (int warp = 0; warp < kDecodeWarps; ++warp) {
-    const float weight = part_weight(smem[warp].merge.max[column], max, scale_log2);
-    sum += weight * smem[warp].merge.sum[column];
-    add_scaled(value, weight, *reinterpret_cast<const float4*>(smem[warp].merge.out[column] + dim));
+    const float weight = part_weight(merges[warp].max[column], max, scale_log2);
+    sum += weight * merges[warp].sum[column];
+    add_scaled(value, weight, *reinterpret_cast<const float4*>(merges[warp].out[column] + dim));
   }
   return value;
 }
@@ -101,7 +101,7 @@ __device__ __forceinline__ float4 merge_column(const typename Config::WarpStorag
 // f(column, dim, four dimensions, max, sum) for all columns of the chunk that the warps published.
 template <class Config, class F>
 __device__ __forceinline__ void for_each_merged(const DecodeArguments& a, const DecodeItem& item,
-                                                const typename Config::WarpStorage* smem, F&& f) {
+                                                const typename Config::Merge* merges, F&& f) {
   constexpr int kQuads = Config::kHeadDim / 4;  // of dimensions
   const float scale_log2 = logit_scale(a.problem, item.kv_head) * kLog2e;
   for (int i = threadIdx.x; i < item.columns * kQuads; i += kDecodeThreads) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void for_each_merged(const DecodeArguments& a, const 
     const int dim = i % kQuads * 4;
     float max;
     float sum;
-    const float4 value = merge_column<Config>(smem, column, dim, scale_log2, max, sum);
+    const float4 value = merge_column<Config>(merges, column, dim, scale_log2, max, sum);
     f(column, dim, value, max, sum);
   }
 }
@@ -117,9 +117,9 @@ __device__ __forceinline__ void for_each_merged(const DecodeArguments& a, const 
 // To the output where the item has no other chunk, else to the chunk's place in the workspace.
 template <class Config>
 __device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item, int64_t slot,
-                            bool whole, const typename Config::WarpStorage* smem) {
+                            bool whole, const typename Config::Merge* merges) {
   for_each_merged<Config>(
-      a, item, smem, [&](int column, int dim, const float4& value, float max, float sum) {
+      a, item, merges, [&](int column, int dim, const float4& value, float max, float sum) {
         if (whole) {
           store_column<typename Config::Element>(a.problem, item, column, dim, value, max, sum);
           return;
@@ -133,8 +133,8 @@ __device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item, in
 // To shared memory.
 template <class Config>
 __device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item,
-                            const typename Config::WarpStorage* smem, PartResult<Config>& part) {
-  for_each_merged<Config>(a, item, smem,
+                            const typename Config::Merge* merges, PartResult<Config>& part) {
+  for_each_merged<Config>(a, item, merges,
                           [&](int column, int dim, const float4& value, float max, float sum) {
                             *reinterpret_cast<float4*>(part.out[column] + dim) = value;
                             if (dim > 0) return;

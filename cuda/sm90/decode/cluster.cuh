@@ -1,7 +1,8 @@
 // Computes        As cuda/sm80/decode/kernel.cuh, for lists: in one launch and without a workspace.
 // Roles           A cluster of kDecodeRanks CTAs owns an item and cuts its slots into as many runs of
 //                 equal length; every rank merges the results of all for its share of the output.
-// Shared memory   As kernel.cuh, and the CTA's result, which the other ranks read.
+// Shared memory   As kernel.cuh, but the warps' results lie where their tiles were; and the CTA's
+//                 result, which the other ranks read.
 // Pipeline        As kernel.cuh; a cluster barrier before the results are read, and one before the
 //                 end: no rank leaves while another may read its memory.
 // Invariants      Runs depend on the item's own slots, and results are merged in rank order: the same
@@ -24,7 +25,10 @@ inline constexpr int kDecodeRanks = 8;
 
 template <class Config>
 struct ClusterDecodeStorage {
-  typename Config::WarpStorage warps[sm80::kDecodeWarps];
+  union {
+    typename Config::Stages stages[sm80::kDecodeWarps];
+    typename Config::Merge merges[sm80::kDecodeWarps];
+  };
   sm80::PartResult<Config> part;  // of this CTA
   DecodeTask task;
 };
@@ -91,13 +95,15 @@ __global__ void __cluster_dims__(kDecodeRanks, 1, 1)
     const int units = (task.slots + kRunUnit - 1) / kRunUnit;
     const int run = (units + kDecodeRanks - 1) / kDecodeRanks * kRunUnit;
     const int begin = decode_rank() * run;
-    auto& own = smem.warps[threadIdx.x / kWarpThreads];
-    sm80::DecodeWarp<Config> warp(a, task, own);
-    warp.run(begin, min(task.slots, begin + run));
-    publish(warp, own);
+    const int warp_index = static_cast<int>(threadIdx.x) / kWarpThreads;
+    sm80::DecodeWarp<Config> warp(a, smem.stages[warp_index]);
+    warp.start(task, begin, min(task.slots, begin + run));
+    warp.run();
+    __syncthreads();
+    publish(warp, smem.merges[warp_index]);
   }
   __syncthreads();
-  sm80::merge_warps<Config>(a, task.item, smem.warps, smem.part);
+  sm80::merge_warps<Config>(a, task.item, smem.merges, smem.part);
   cg::this_cluster().sync();
   merge_ranks<Config>(a, task.item, smem.part);
   cg::this_cluster().sync();

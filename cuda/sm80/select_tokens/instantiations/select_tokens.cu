@@ -28,9 +28,8 @@ size_t radix_bytes() {
 template <int kThreads>
 void launch_whole(const TokenSelectProblem& problem, bool sampled, int64_t lists, void* stream) {
   const size_t bytes = sampled ? sampled_bytes(problem.columns) : radix_bytes<kThreads>();
-  launch<select_tokens_kernel<kThreads>>(kName, lists, kThreads, bytes, stream,
-                                         make_arguments(problem, sampled),
-                                         sampled_bytes(kMaxSampledColumns));
+  launch<select_tokens_kernel<kThreads>, SelectTokensArguments, sampled_bytes(kMaxSampledColumns)>(
+      kName, lists, kThreads, bytes, stream, make_arguments(problem, sampled));
 }
 
 void launch_split(const TokenSelectProblem& problem, int64_t lists, int parts, void* stream) {

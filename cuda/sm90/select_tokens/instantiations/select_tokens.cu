@@ -12,9 +12,9 @@ template <int kRanks>
 void launch_ranks(const TokenSelectProblem& problem, bool sampled, int64_t lists, void* stream) {
   const size_t bytes = sampled ? sm80::sampled_bytes(problem.columns)
                                : sizeof(typename ClusterSelector<kThreads, kRanks>::SharedStorage);
-  launch<select_tokens_kernel<kThreads, kRanks>>("select_tokens", lists * kRanks, kThreads, bytes,
-                                                 stream, sm80::make_arguments(problem, sampled),
-                                                 kMostSharedBytes);
+  launch<select_tokens_kernel<kThreads, kRanks>, sm80::SelectTokensArguments, kMostSharedBytes>(
+      "select_tokens", lists * kRanks, kThreads, bytes, stream,
+      sm80::make_arguments(problem, sampled));
 }
 
 template <int kRanks>
