@@ -94,7 +94,9 @@ class FloorSample {
       const uint32_t jitter = (index * 4 + round) * 2654435761u >> 22;
       const uint64_t place = uint64_t{index << 10 | jitter} * span.num_vectors() / (kVectors << 10);
       const bool all = span.num_vectors() <= kVectors;
-      samples_[i] = span.load(span.first_vector() + (all ? index : static_cast<uint32_t>(place)));
+      const uint32_t vector = all ? index : static_cast<uint32_t>(place);
+      samples_[i] = make_float4(-NAN, -NAN, -NAN, -NAN);  // the last of all
+      if (vector < span.num_vectors()) samples_[i] = span.load(span.first_vector() + vector);
     }
   }
 

@@ -28,11 +28,11 @@ struct KeyList {
   alignas(16) CandidateKey keys[kKeyCapacity];
   alignas(16) uint32_t histogram[kBins];  // zero between uses
   CandidateKey pairs[kPairs];
-  CandidateKey max;
   CandidateKey cut;
   uint32_t size;  // counts also what does not fit
   uint32_t num_equal;  // candidates that equal the floor and are not listed
   uint32_t num_pairs;
+  uint32_t max_order;
   DigitChoice choice;
   uint32_t warp_totals[kWarpThreads];
 
@@ -41,17 +41,36 @@ struct KeyList {
     for (int i = threadIdx.x; i < kBins / 4; i += kThreads) {
       reinterpret_cast<uint4*>(histogram)[i] = make_uint4(0, 0, 0, 0);
     }
-    if (threadIdx.x == 0) max = size = num_equal = num_pairs = 0;
+    if (threadIdx.x == 0) size = num_equal = num_pairs = max_order = 0;
+  }
+
+  // A key of which only the position is known.
+  static __device__ void put(CandidateKey& key, uint32_t before_end) {
+    *reinterpret_cast<uint32_t*>(&key) = before_end;
+  }
+
+  // Completes the keys, by all threads of a CTA.
+  template <int kThreads, class OrderOf>
+  __device__ void set_orders(OrderOf&& order_of) {
+    uint32_t best = 0;
+    for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
+      const auto before_end = static_cast<uint32_t>(keys[i]);
+      const uint32_t order = order_of(before_end);
+      keys[i] = candidate_key(order, before_end);
+      best = ::max(best, order);
+    }
+    best = __reduce_max_sync(kWholeWarp, best);
+    if (threadIdx.x % kWarpThreads == 0) atomicMax(&max_order, best);
+    __syncthreads();
   }
 
   // The smallest of the best `kept` keys; 0 < kept < size. All are at least `floor` and lie less
   // than 2^position_bits before the end. By all threads of a CTA.
   template <int kThreads>
   __device__ CandidateKey find_cut(uint32_t kept, uint32_t floor, int position_bits) {
-    find_max<kThreads>();
     CandidateKey low = candidate_key(floor, 0);
     uint32_t missing = kept;
-    int shift = ::max(0, bit_width(max - low) - kBinBits);
+    int shift = ::max(0, bit_width(candidate_key(max_order, kNoOrder) - low) - kBinBits);
     int bins = kBins;
     while (true) {
       count<kThreads>(low, shift, bins);
@@ -71,19 +90,6 @@ struct KeyList {
   }
 
  private:
-  template <int kThreads>
-  __device__ void find_max() {
-    CandidateKey best = 0;
-    for (uint32_t i = threadIdx.x; i < size; i += kThreads) best = ::max(best, keys[i]);
-    // Orders decide: what lies below one only makes the range a little longer.
-    const uint32_t order =
-        __reduce_max_sync(kWholeWarp, static_cast<uint32_t>(best >> kOrderShift));
-    if (threadIdx.x % kWarpThreads == 0) {
-      atomicMax(reinterpret_cast<unsigned long long*>(&max), candidate_key(order, kNoOrder));
-    }
-    __syncthreads();
-  }
-
   template <int kThreads>
   __device__ void count(CandidateKey low, int shift, int bins) {
     for (uint32_t i = threadIdx.x; i < size; i += kThreads) {

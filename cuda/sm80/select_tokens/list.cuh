@@ -25,16 +25,23 @@ inline SelectTokensArguments make_arguments(const TokenSelectProblem& problem, b
           cutlass::FastDivmod(static_cast<int>(problem.seqlen_q)), sampled};
 }
 
-struct ScoreList {
-  const TokenSelectProblem& problem;
+// Where a list lies among all and in memory, and what it ranges over.
+struct ListPlace {
   const float* scores;
   int64_t batch;
   int64_t flat;  // among all lists
   TokenCandidates candidates;
   uint32_t limit;  // threshold rule: orders above it pass
+};
+
+struct ScoreList : ListPlace {
+  const TokenSelectProblem& problem;
+
+  __device__ ScoreList(const SelectTokensArguments& arguments, const ListPlace& place)
+      : ListPlace(place), problem(arguments.problem) {}
 
   __device__ ScoreList(const SelectTokensArguments& arguments, uint32_t list_of_all)
-      : problem(arguments.problem), flat(list_of_all) {
+      : problem(arguments.problem) {
     const TokenSelectProblem& p = problem;
     int row_of_all = 0;
     int list = 0;
@@ -42,6 +49,7 @@ struct ScoreList {
     int row = 0;
     arguments.by_lists(row_of_all, list, static_cast<int>(list_of_all));
     arguments.by_rows(sequence, row, row_of_all);
+    flat = list_of_all;
     batch = sequence;
     scores = p.scores + batch * p.scores_stride_batch + row * p.scores_stride_row +
              list * p.scores_stride_head;

@@ -38,6 +38,7 @@ struct SampledStorage {
     KeyList list;
     FloorStorage floor_sample;
   };
+  ListPlace place;
   CandidateSpan span;
   uint32_t kept;  // top-k rule
   ScoreFloor floor;
@@ -68,9 +69,11 @@ class SampledSelector {
         write_rest(list, search, Ranks::rank() * kThreads + threadIdx.x, Ranks::kCount * kThreads);
         return true;
       }
+      if (!threshold && search.kept > kKeyCapacity) return false;
       const CandidateSpan span(list);
       if (threadIdx.x == 0) {
-        smem_.span = span;  // read from there, not kept in registers
+        smem_.place = list;  // read from there, not kept in registers
+        smem_.span = span;
         smem_.kept = search.kept;
         smem_.floor = {list.limit + 1, false};
       }
@@ -130,13 +133,25 @@ class SampledSelector {
     return {begin * kWordVectors, min(begin + share, last) * kWordVectors};
   }
 
+  // Behind the list its last vector: see held_mask().
   static __device__ void load(const CandidateSpan& span, const Share& rest,
                               float4 (&scores)[kInFlight]) {
+    if (span.num_vectors() == 0) return;
+    const uint32_t last = span.first_vector() + span.num_vectors() - 1;
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const uint32_t vector = rest.begin + i * kThreads + threadIdx.x;
-      scores[i] = span.load(vector, vector < rest.end);
+      scores[i] = span.load(max(span.first_vector(), min(vector, last)));
     }
+  }
+
+  // Four bits for each of this thread's vectors that is in the share and in the list.
+  static __device__ uint32_t held_mask(const CandidateSpan& span, const Share& rest) {
+    const uint32_t first = rest.begin + threadIdx.x;
+    const uint32_t end = min(rest.end, span.first_vector() + span.num_vectors());
+    const uint32_t held = first < end ? (end - first + kThreads - 1) / kThreads : 0;
+    const uint32_t up_to_end = held < kInFlight ? (1u << held * kVectorScores) - 1 : ~0u;
+    return first < span.first_vector() ? up_to_end & ~15u : up_to_end;
   }
 
   static __device__ void load_first(const CandidateSpan& span, float4 (&scores)[kInFlight]) {
@@ -155,8 +170,9 @@ class SampledSelector {
       for (int i = 0; i < kInFlight; ++i) {
         mask |= nibble(scores[i], [least](float x) { return x >= least; }) << i * kVectorScores;
       }
-      if (floor.equal_apart) mask ^= mark_equal(span, rest.begin, scores, least);
-      if (floor.order == 0) mask = mask_of_all(span, rest);  // NaN as well
+      const uint32_t held = held_mask(span, rest);
+      mask = floor.order == 0 ? held : mask & held;  // everything, NaN as well, reaches 0
+      if (floor.equal_apart) mask ^= mark_equal(span, rest.begin, held, scores, least);
       if (rest.begin + kChunk < rest.end) load(span, {rest.begin + kChunk, rest.end}, scores);
       append(span, mask, [&](uint32_t bit) {
         const uint32_t vector = rest.begin + bit / kVectorScores * kThreads + threadIdx.x;
@@ -171,25 +187,15 @@ class SampledSelector {
            uint32_t{test(scores.z)} << 2 | uint32_t{test(scores.w)} << 3;
   }
 
-  static __device__ uint32_t mask_of_all(const CandidateSpan& span, const Share& rest) {
-    uint32_t mask = 0;
-#pragma unroll 1
-    for (int i = 0; i < kInFlight; ++i) {
-      const uint32_t vector = rest.begin + i * kThreads + threadIdx.x;
-      const bool held = vector < rest.end && vector - span.first_vector() < span.num_vectors();
-      mask |= (held ? 15u : 0u) << i * kVectorScores;
-    }
-    return mask;
-  }
-
   // Marks candidates equal to the floor; returns their mask.
-  __device__ uint32_t mark_equal(const CandidateSpan& span, uint32_t chunk,
+  __device__ uint32_t mark_equal(const CandidateSpan& span, uint32_t chunk, uint32_t held,
                                  const float4 (&scores)[kInFlight], float value) {
     uint32_t* const marks = Ranks::of_rank_0(smem_.marks);
     uint32_t mask = 0;
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const uint32_t equal = nibble(scores[i], [value](float x) { return x == value; });
+      const uint32_t equal =
+          nibble(scores[i], [value](float x) { return x == value; }) & held >> i * kVectorScores;
       mask |= equal << i * kVectorScores;
       const uint32_t vector = chunk + i * kThreads + threadIdx.x;
       uint32_t word = equal << vector % kWordVectors * kVectorScores;
@@ -220,7 +226,7 @@ class SampledSelector {
         min(span.end, span.first_vector() * kVectorScores - span.lead) - span.begin;
     const uint32_t position = lane < before ? span.begin + lane : behind + lane - before;
     const bool exists = position < span.end;
-    const float score = exists ? __ldg(span.scores + position) : kNoScore;
+    const float score = exists ? __ldg(span.scores + position) : -NAN;
     const bool equal = floor.equal_apart && score == floor.least();
     if (equal) set_mark(span, position);
     add_equal(equal);
@@ -253,17 +259,14 @@ class SampledSelector {
     CandidateKey* const keys = Ranks::of_rank_0(smem_.list.keys);
 #pragma unroll 1
     for (; mask != 0 && slot < kKeyCapacity; mask &= mask - 1, ++slot) {
-      const uint32_t position = position_of(__ffs(mask) - 1);
-      const uint32_t order = score_order(__ldg(span.scores + position));  // a second time
-      keys[slot] = candidate_key(order, span.end - 1 - position);
+      KeyList::put(keys[slot], span.end - 1 - position_of(__ffs(mask) - 1));
     }
   }
 
   // Writes the result of a list with `listed` candidates above the floor, or at it where `equal`
   // are marked instead.
   __device__ bool finish(uint32_t listed, uint32_t equal) {
-    // Once more, not kept in registers meanwhile.
-    const ScoreList list(arguments_, Ranks::list());
+    const ScoreList list(arguments_, smem_.place);
     CutSearch search(list);
     if (list.has_threshold()) search.start(list, listed);
     if (listed > kKeyCapacity || listed + equal < search.kept) return false;
@@ -318,6 +321,10 @@ class SampledSelector {
     CandidateKey cut = 0;
     if (kept < size) {
       const uint32_t floor = smem_.floor.order + (smem_.floor.equal_apart ? 1 : 0);
+      const auto order_of = [&](uint32_t before_end) {
+        return score_order(__ldg(span.scores + (span.end - 1 - before_end)));
+      };
+      list.template set_orders<kThreads>(order_of);
       cut = list.template find_cut<kThreads>(kept, floor, bit_width(span.size()));
     }
     for (uint32_t i = threadIdx.x; i < size; i += kThreads) {

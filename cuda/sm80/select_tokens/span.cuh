@@ -7,7 +7,6 @@ namespace attnsieve::sm80 {
 
 inline constexpr uint32_t kVectorScores = 4;  // of a load
 inline constexpr uint32_t kWordVectors = kWarpThreads / kVectorScores;
-inline constexpr float kNoScore = -NAN;  // reaches no floor but 0
 
 // Candidates that fill a vector, aligned in memory, and up to three before and behind them. Vectors,
 // and words of marks, are counted from the last vector boundary before the list.
@@ -35,11 +34,9 @@ struct CandidateSpan {
   __device__ uint32_t first_word() const { return (begin + lead) / kWarpThreads; }
   __device__ uint32_t num_words() const { return (end + lead) / kWarpThreads - first_word() + 1; }
 
-  __device__ float4 load(uint32_t vector, bool wanted = true) const {
-    if (wanted && vector - first_vector() < num_vectors()) {
-      return __ldg(reinterpret_cast<const float4*>(scores - lead) + vector);
-    }
-    return make_float4(kNoScore, kNoScore, kNoScore, kNoScore);
+  // Of a vector of the list.
+  __device__ float4 load(uint32_t vector) const {
+    return __ldg(reinterpret_cast<const float4*>(scores - lead) + vector);
   }
 };
 
