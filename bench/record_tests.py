@@ -4,8 +4,8 @@ Usage: python bench/record_tests.py [pytest] [slow] [sanitizers] [--binary BENCH
 
 `pytest` runs the CUDA cases of tests/, `slow` those marked slow (large tensors, long repeats).
 `sanitizers` runs the four tools of compute-sanitizer over small verified cases of the bench_attend
-binary (no Python: minutes instead of hours), and memcheck over the small ops in Python. Rows of
-suites that are not run are kept.
+binary (no Python: minutes instead of hours); in Python memcheck over the small ops, memcheck and
+racecheck over each op of the decode family. Rows of suites that are not run are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +38,28 @@ CASES = (
     f"{SMALL} --head-dim 64,96,128 --block-q 64 --block-k 64,128 --density 0.5 --threshold 0.1",
 )
 PYTHON_OPS = ["tests/test_selection_block.py", "tests/test_empty.py", "-k", "cuda and not compile"]
+# A few small cases of each op of the decode family, on each kernel family that it has: chunks and
+# clusters, ties, full buffers, entries and pages that do not exist. Below a minute for each tool.
+DECODE_OPS = {
+    "decode": (
+        "tests/test_numerics_decode.py",
+        "cuda and (slots or memory_safe or all_tokens or 1024)",
+    ),
+    "token selection": (
+        "tests/test_selection_topk.py",
+        "cuda and not oracle and (prefix or slots_come or overflow or (of_ties and 1-33))",
+    ),
+    "proxy_scores": (
+        "tests/test_proxy_scores.py",
+        "sm_80 and (memory_safe or softmax_mass or (bounds_in_pages and sm_80-64))",
+    ),
+    "append_kv": (
+        "tests/test_append_kv.py",
+        "sm_80 and (strides or projected or page_and_element or (steps_equal and dtype1-16))",
+    ),
+}
+DECODE_TOOLS = ("memcheck", "racecheck")
+OWN_KERNELS = ["--kernel-name", "kernel_substring=attnsieve"]  # torch's are not ours to check
 TIMEOUT_S = 500
 
 
@@ -81,11 +104,11 @@ def pytest_cuda(workers: int, marker: str | None = None) -> list[dict]:
     return [record(suite, passed, failed, skipped, time.perf_counter() - start)]
 
 
-def _sanitize(tool: str, command: list[str]) -> bool:
+def _sanitize(tool: str, command: list[str], flags: Sequence[str] = ()) -> bool:
     # Without the caching allocator, every tensor is an allocation that memcheck can see the end of.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
-        ["compute-sanitizer", "--tool", tool, *SANITIZER_FLAGS[tool], *command],
+        ["compute-sanitizer", "--tool", tool, *SANITIZER_FLAGS[tool], *flags, *command],
         cwd=results.ROOT,
         capture_output=True,
         text=True,
@@ -97,8 +120,16 @@ def _sanitize(tool: str, command: list[str]) -> bool:
     return done.returncode == 0
 
 
+def sanitized_tests(tool: str, what: str, tests: Sequence[str], flags: Sequence[str] = ()) -> dict:
+    """The row of one tool over tests, which pass or fail together."""
+    start = time.perf_counter()
+    clean = _sanitize(tool, [sys.executable, "-m", "pytest", *tests], flags)
+    suite = f"compute-sanitizer {tool}, {what}"
+    return record(suite, int(clean), int(not clean), 0, time.perf_counter() - start)
+
+
 def sanitizers(binary: Path) -> list[dict]:
-    """compute-sanitizer over the attend kernels and the small ops."""
+    """compute-sanitizer over the attend kernels, the small ops and the decode family."""
     rows = []
     for tool in SANITIZER_TOOLS:
         start = time.perf_counter()
@@ -106,10 +137,10 @@ def sanitizers(binary: Path) -> list[dict]:
         seconds = time.perf_counter() - start
         suite = f"compute-sanitizer {tool}, bench_attend"
         rows.append(record(suite, sum(passed), len(passed) - sum(passed), 0, seconds))
-    start = time.perf_counter()
-    clean = _sanitize("memcheck", [sys.executable, "-m", "pytest", *PYTHON_OPS])
-    suite = "compute-sanitizer memcheck, selection and empty tests"
-    rows.append(record(suite, int(clean), int(not clean), 0, time.perf_counter() - start))
+    rows.append(sanitized_tests("memcheck", "selection and empty tests", PYTHON_OPS))
+    for op, (file, chosen) in DECODE_OPS.items():
+        for tool in DECODE_TOOLS:
+            rows.append(sanitized_tests(tool, f"{op} tests", [file, "-k", chosen], OWN_KERNELS))
     return rows
 
 

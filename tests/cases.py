@@ -78,14 +78,6 @@ def backend_marks(backend: str | None) -> list:
     return [cuda_only]
 
 
-def needs_kernels(device: str, *ops: str) -> None:
-    """Skips the running test, with the reason, where an op has no kernel for ``device``."""
-    rows = [row["op"] for row in attnsieve.capabilities() if row["backend"] != "cpu"]
-    missing = [op for op in ops if device == "cuda" and op not in rows]
-    if missing:
-        pytest.skip(f"no CUDA kernel of {', '.join(missing)}")
-
-
 def forced_backend() -> str | None:
     """The attend backend that the running test forces; None on the CPU."""
     return os.environ.get(FORCE_BACKEND) or None

@@ -1,6 +1,7 @@
 """Malformed calls raise and name the argument; unsupported ones print what is supported."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -294,6 +295,29 @@ def test_unsupported_dtype_lists_the_supported_ones(device):
         q = torch.zeros(1, 2, 10, 64, dtype=dtype, device=device)
         with pytest.raises((NotImplementedError, TypeError), match="float16"):
             attnsieve.block_sparse_attention(q, q, q)
+
+
+DTYPE_REFUSALS = {  # float32 runs on CUDA too, or it does not
+    "decode": ("(CPU only)", lambda x: attnsieve.decode(x, x, x)),
+    "proxy_scores": ("", lambda x: attnsieve.proxy_scores(x, x)),
+    "append_kv": (
+        "",
+        lambda x: attnsieve.append_kv(x, x, x, x, seq_lens=torch.full((1,), 8, device=x.device)),
+    ),
+    "merge_states": ("", lambda x: attnsieve.merge_states(x, x[..., 0].float())),
+    "block_sparse_attention": (
+        "(CPU only)",
+        lambda x: attnsieve.block_sparse_attention(x, x, x),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", DTYPE_REFUSALS)
+def test_dtype_refusals_say_where_float32_runs(device, op):
+    where, run = DTYPE_REFUSALS[op]
+    text = f"supported: float32{' ' * bool(where)}{where}, float16, bfloat16"
+    with pytest.raises(NotImplementedError, match=re.escape(text)):
+        run(torch.zeros(1, 2, 8, 64, dtype=torch.float64, device=device))
 
 
 @pytest.mark.parametrize("block", [(16, 64), (64, 48), (64, 8), (256, 256), (65, 64)], ids=str)

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from matplotlib import pyplot
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaForCausalLM
@@ -19,7 +20,9 @@ from transformers.models.mamba import MambaForCausalLM
 
 from attnsieve.demo import cli, decode, main
 from attnsieve.demo import model as demo_model
+from attnsieve.demo.measure import Result
 from attnsieve.demo.plan import DENSE, FAMILIES, SDPA
+from attnsieve.demo.plot import write_plot
 
 # The default text of Python 3.11, which the reference numbers belong to.
 TOPICS_SHA256 = "2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4"
@@ -97,6 +100,38 @@ def test_end_to_end(tiny, text, tmp_path, capsys):
         assert row["method"] in said.out and row["budget"] == "48"
         assert row["total_ms"] > row["attention_ms"] > 0
         assert row["tokens_per_s"] == pytest.approx(1000 / row["total_ms"])
+
+
+@pytest.mark.parametrize("with_decode", [True, False])
+def test_picture_shows_every_row(tmp_path, monkeypatch, with_decode):
+    numbers = dict(select_ms=0.0, total_ms=9.0)
+    prefill = [
+        Result(name, "", density=x, perplexity=10 - x, attention_ms=1 + x, **numbers)
+        for name, x in ((SDPA, 1.0), (DENSE, 1.0), (FAMILIES["topk"], 0.5), (FAMILIES["topk"], 0.2))
+    ]
+    steps = [decode.DecodeResult(decode.DENSE_DECODE, "", 8.0, 1.0, 4.0, 250.0, 1.0)]
+    for i, name in enumerate(decode.DECODE_FAMILIES.values()):
+        for budget in (1024, 96):  # not in the order of the axis
+            row = (name, str(budget), 8 + i + 1 / budget, 0.5, 2.0, 500.0, budget / 100 + i)
+            steps.append(decode.DecodeResult(*row))
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    write_plot(tmp_path / "picture.png", "title", prefill, steps if with_decode else ())
+    panels = pyplot.gcf().axes
+    assert len(panels) == (4 if with_decode else 2)
+
+    def drawn(axes):
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        named = {name: line for name, line in lines.items() if not name.startswith("_")}
+        return {n: [*zip(*map(list, x.get_data()), strict=True)] for n, x in named.items()}
+
+    assert drawn(panels[0]) == {FAMILIES["topk"]: [(0.2, 9.8), (0.5, 9.5)]}
+    if with_decode:
+        for axes, value in ((panels[2], "perplexity"), (panels[3], "speedup_vs_dense")):
+            wanted = {name: [] for name in decode.DECODE_FAMILIES.values()}
+            for row in reversed(steps[1:]):
+                wanted[row.method].append((int(row.budget), getattr(row, value)))
+            assert drawn(axes) == wanted
+        assert "250.0 tokens/s" in [text.get_text() for text in panels[3].texts][0]
 
 
 def test_decode_perplexity_is_that_of_the_whole_window(tiny, text, tmp_path):

@@ -18,7 +18,7 @@ from attnsieve.methods import (
     TidalDecode,
     TokenSelect,
 )
-from cases import needs_kernels, randn
+from cases import randn
 from decode_rules import delta, dsa, index_inputs, quest, recycled, tidaldecode, tokenselect
 from layouts import page_bounds
 from numerics import assert_bitwise
@@ -218,7 +218,6 @@ NAMES = [f"{type(m).__name__}-{i}" for i, m in enumerate(METHODS)]
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_pages_equal_a_contiguous_cache(device, method):
-    needs_kernels(device, "append_kv", "proxy_scores", "select_topk", "decode")
     steps = Steps((6, 3), device, torch.float32 if device == "cpu" else torch.bfloat16)
     method.reset()
     plain = steps.run(method)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import attnsieve
 from attnsieve import PagedKVCache
-from cases import needs_kernels, randn
+from cases import randn
 from layouts import page_bounds
 from numerics import assert_bitwise
 
@@ -106,7 +106,6 @@ def test_any_history_of_calls(steps, page_size):
 
 
 def test_device_holds_what_was_appended(device):
-    needs_kernels(device, "append_kv")
     cache = PagedKVCache(
         16, 2, 64, batch=2, page_size=16, dtype=torch.bfloat16, device=device, bounds=True
     )
@@ -123,7 +122,6 @@ def test_device_holds_what_was_appended(device):
 
 @pytest.mark.parametrize("score", ["quest", "exact"])
 def test_attention_over_pages_equals_a_contiguous_cache(device, score):
-    needs_kernels(device, "append_kv", "proxy_scores", "select_topk", "decode")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     q = randn((2, 8, 1, 64), dtype, device)
     k, v = (randn((2, 2, 200, 64), dtype, device, seed) for seed in (1, 2))
@@ -219,7 +217,6 @@ def test_errors_name_what_is_wrong():
 
 def test_a_step_in_a_cuda_graph(cuda_backend):
     """Captured once, replayed at other lengths with other contents; nothing synchronises."""
-    needs_kernels("cuda", "append_kv", "proxy_scores", "select_topk", "decode")
     dtype = torch.bfloat16
     cache = PagedKVCache(40, 2, 64, batch=2, dtype=dtype, device="cuda", bounds=True)
     prompt = randn((2, 2, 100, 64), dtype, "cuda", 1)

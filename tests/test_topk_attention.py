@@ -1,7 +1,6 @@
 """topk_attention keeps the keys its rule names and attends to exactly those.
 
-Every rule is written out here in float64 over one head at a time; nothing of the library is used
-to say what is right.
+The rules are in ``topk_rules.py``.
 """
 
 import math
@@ -14,89 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnsieve
 from attnsieve import TokenIndex
-from cases import DTYPES, needs_kernels, pairwise, randn
-from layouts import deal_pages, fill_pages, page_bounds
+from cases import DTYPES, pairwise, randn
+from layouts import page_bounds
 from numerics import assert_attention_close, assert_bitwise, pytorch_same_dtype
+from topk_rules import expected_lists, expected_lse, forced_units, paged, seen_pairs
 
 INF = math.inf
 HEADS = ((1, 1), (8, 8), (8, 2), (6, 3), (12, 4))
-
-
-def forced_units(length, page_size, sink_tokens, recent_tokens):
-    """Tokens or pages of a row of ``length`` visible keys that the windows force."""
-    units = -(-length // page_size)
-    sink = -(-sink_tokens // page_size)
-    recent = 0 if recent_tokens == 0 else 1 + -(-(recent_tokens - 1) // page_size)
-    return [u for u in range(units) if u < sink or u >= units - recent]
-
-
-def kept_keys(scores, length, k, page_size, sink_tokens, recent_tokens):
-    """Positions that a row keeps: forced units, then the best by (score, smaller index)."""
-    units = -(-length // page_size)
-    forced = forced_units(length, page_size, sink_tokens, recent_tokens)
-    others = sorted((u for u in range(units) if u not in forced), key=lambda u: (-scores[u], u))
-    chosen = (forced + others)[: k // page_size]
-    return [j for u in chosen for j in range(u * page_size, min((u + 1) * page_size, length))]
-
-
-def unit_scores(rule, q, k, length, page_size):
-    """Scores of one query row q [D] over keys k [T, D]; a row sees its first ``length``."""
-    if len(k) == 0:
-        return []
-    dots = k[:length] @ q
-    if rule == "exact":
-        return [float(x.max()) for x in dots.split(page_size) if len(x)]
-    pages = k.split(page_size)  # Quest's pages hold all T keys, a later row's too
-    return [float(torch.maximum(q * p.amin(0), q * p.amax(0)).sum()) for p in pages]
-
-
-def expected_lists(rule, q, k, lengths, num_lists, pick):
-    """{(b, list, row): kept positions}, q [B, Hq, Sq, D], k [B, Hkv, S, D] in float64."""
-    lists = {}
-    num_heads, rows = q.shape[1], q.shape[2]
-    for b, length in enumerate(lengths):
-        for i in range(rows):
-            visible = max(length - rows + 1 + i, 0) if pick["causal"] else length
-            scores = [
-                unit_scores(
-                    rule,
-                    q[b, h, i],
-                    k[b, h // (num_heads // k.shape[1]), :length],
-                    visible,
-                    pick["page_size"],
-                )
-                for h in range(num_heads)
-            ]
-            for g in range(num_lists):
-                heads = range(g * num_heads // num_lists, (g + 1) * num_heads // num_lists)
-                best = [max(own) for own in zip(*(scores[h] for h in heads), strict=True)]
-                options = [pick[n] for n in ("k", "page_size", "sink_tokens", "recent_tokens")]
-                lists[b, g, i] = kept_keys(best, visible, *options)
-    return lists
-
-
-def seen_pairs(lists, batch, num_heads, rows, capacity):
-    seen = torch.zeros(batch, num_heads, rows, capacity, dtype=torch.bool)
-    num_lists = 1 + max(g for _, g, _ in lists)
-    for (b, g, i), kept in lists.items():
-        for h in range(g * num_heads // num_lists, (g + 1) * num_heads // num_lists):
-            seen[b, h, i, kept] = True
-    return seen
-
-
-def paged(k, v, lengths, page_size, rule):
-    """The same keys in shuffled pages, NaN where no key is, and page bounds where Quest is."""
-    table = deal_pages(lengths, -(-k.shape[2] // page_size), page_size)
-    caches = [fill_pages(x, lengths, table, page_size) for x in (k, v)]
-    options = dict(block_table=table)
-    if rule == "quest":
-        options["bounds"] = torch.full((*caches[0].shape[:1], k.shape[1], 2, k.shape[3]), math.nan)
-        options["bounds"] = options["bounds"].to(k.dtype)
-        for b, length in enumerate(lengths):
-            bounds = page_bounds(k[b : b + 1, :, :length], page_size)[0] if length else ()
-            for slot, page in enumerate(bounds):
-                options["bounds"][int(table[b, slot])] = page
-    return caches, options
 
 
 CASES = pairwise(
@@ -131,7 +54,6 @@ def build(pick):
 
 @pytest.mark.parametrize("pick", CASES, ids=[str(i) for i in range(len(CASES))])
 def test_equals_the_rule_written_out(device, pick):
-    needs_kernels(device, "proxy_scores", "select_topk", "decode")
     if device == "cuda" and pick["dtype"] == torch.float32:
         pytest.skip("CUDA kernels take float16 and bfloat16")
     q, k, v = build(pick)
@@ -179,17 +101,8 @@ def test_equals_the_rule_written_out(device, pick):
     sink = options.get("sink")
     ref = pytorch_same_dtype(*(x.double() for x in (q, k, v)), seen.long(), sink=sink)
     pt = pytorch_same_dtype(q, k, v, seen.long(), sink=sink)
-    ref = ref[0], _lse(q, k, seen, sink)
+    ref = ref[0], expected_lse(q, k, seen, sink)
     assert_attention_close(out.cpu(), lse.cpu(), ref, pt, str(pick))
-
-
-def _lse(q, k, seen, sink):
-    scores = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT / 8
-    scores = scores.masked_fill(~seen, -INF)
-    if sink is not None:
-        column = sink.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], -1)
-    return scores.logsumexp(-1)
 
 
 class _Calls(TorchDispatchMode):

@@ -24,7 +24,6 @@ from attnsieve.methods import (
     TidalDecode,
     TokenSelect,
 )
-from cases import needs_kernels
 from decode_rules import delta, index_inputs, quest, tidaldecode, tokenselect
 from tiny_models import (
     SIZES,
@@ -217,7 +216,6 @@ def test_a_short_prompt_is_a_prefill():
 @pytest.mark.parametrize("method", [None, DenseDecode()])
 def test_paged_logits(device, method):
     """Prefill, steps of one and of five rows, a piece of 40 rows, and tokens taken back."""
-    needs_kernels(device, "append_kv", "decode")
     model, ids = model_of(device), tokens(2, 130, device)
     whole = with_implementation(model, "eager")(input_ids=ids).logits
     with_implementation(model, "attnsieve")

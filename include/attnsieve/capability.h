@@ -59,10 +59,14 @@ inline const std::vector<Capability>& capabilities() {
   static const char* const kDecodeFeatures =
       "everything, TokenIndex (tokens, pages, slots), dense range, 1 to 8 rows, GQA, paged (any "
       "page_size), float8_e4m3 cache, lse, sink";
+  static const char* const kDecodeClusterFeatures =
+      "lists of few keys by thread block clusters; the rest as sm_80";
   static const char* const kSelectFeatures =
       "top-k, fraction, top-p; sink, local and diagonal blocks; causal, window";
   static const char* const kTokenFeatures =
       "tokens, pages; any budget; sink and recent ranges; causal rows; slots through a page table";
+  static const char* const kTokenClusterFeatures =
+      "few long lists by thread block clusters; the rest as sm_80";
   static const char* const kProxyFeatures =
       "dot, ReLU dot, page bounds; float8_e4m3 and int8 keys; max, mean, sum over rows, heads, "
       "pages; softmax; GQA, paged, causal rows";
@@ -100,6 +104,12 @@ inline const std::vector<Capability>& capabilities() {
        {64, 128},
        128,
        kDecodeFeatures},
+      {"decode",
+       Backend::kSm90,
+       {DType::kFloat16, DType::kBFloat16},
+       {64, 128},
+       128,
+       kDecodeClusterFeatures},
       {"proxy_scores",
        Backend::kCpu,
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
@@ -140,8 +150,10 @@ inline const std::vector<Capability>& capabilities() {
       {"select_blocks", Backend::kSm80, {DType::kFloat32}, {}, 0, kSelectFeatures},
       {"select_topk", Backend::kCpu, {DType::kFloat32}, {}, 0, kTokenFeatures},
       {"select_topk", Backend::kSm80, {DType::kFloat32}, {}, 0, kTokenFeatures},
+      {"select_topk", Backend::kSm90, {DType::kFloat32}, {}, 0, kTokenClusterFeatures},
       {"select_threshold", Backend::kCpu, {DType::kFloat32}, {}, 0, kTokenFeatures},
       {"select_threshold", Backend::kSm80, {DType::kFloat32}, {}, 0, kTokenFeatures},
+      {"select_threshold", Backend::kSm90, {DType::kFloat32}, {}, 0, kTokenClusterFeatures},
   };
   return table;
 }

@@ -60,6 +60,31 @@ def default_scale(q: Tensor, softmax_scale: float | None) -> float:
     return q.shape[-1] ** -0.5
 
 
+def check_head_scale(name: str, scale: Tensor | None, cache: Tensor, num_kv_heads: int) -> None:
+    """A float8 cache has a scale per KV head, other caches have none."""
+    coded = cache.dtype == torch.float8_e4m3fn
+    if coded != (scale is not None):
+        need = "must be given" if coded else "has no meaning"
+        raise ValueError(f"{name}: {need} with caches of dtype {cache.dtype}")
+    if scale is None:
+        return
+    require_tensor(name, scale)
+    if scale.dtype != torch.float32 or scale.shape != (num_kv_heads,):
+        got = f"{scale.dtype} {list(scale.shape)}"
+        raise ValueError(f"{name}: expected float32 [{num_kv_heads}] (KV heads), got {got}")
+
+
+def key_scale_of(keys: Tensor, k_scale: Tensor | None, heads_last: bool) -> Tensor | None:
+    """``k_scale [Hkv]`` as :func:`attnsieve.proxy_scores` takes it for keys or bounds: a view.
+
+    Args:
+        keys: ``[..., Hkv, D]`` where ``heads_last``, otherwise ``[..., Hkv, n, D]``.
+    """
+    if k_scale is None:
+        return None
+    return (k_scale if heads_last else k_scale.unsqueeze(-1)).expand(keys.shape[:-1])
+
+
 def lambda_arguments(
     threshold: float | Tensor | None, q: Tensor, cu_seqlens_q: Tensor | None
 ) -> tuple[float | None, Tensor | None]:

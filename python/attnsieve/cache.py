@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnsieve._arguments import check_head_scale, key_scale_of
 from attnsieve.ops_cache import append_kv
 
 __all__ = ["CachedKV", "PagedKVCache"]
@@ -21,6 +22,7 @@ class CachedKV:
         k_cache, v_cache: ``[B, Hkv, S, D]``, or with ``block_table`` ``[num_pages, P, Hkv, D]``.
         block_table, seq_lens: as :func:`attnsieve.decode` takes them.
         bounds: minima and maxima of pages, as :func:`attnsieve.append_kv` keeps them, or None.
+        k_scale, v_scale: float32 ``[Hkv]`` of a float8_e4m3fn cache, otherwise None.
     """
 
     k_cache: Tensor
@@ -28,11 +30,23 @@ class CachedKV:
     block_table: Tensor | None = None
     seq_lens: Tensor | None = None
     bounds: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def where(self) -> dict[str, Tensor | None]:
         """``block_table`` and ``seq_lens`` as keyword arguments."""
         return dict(block_table=self.block_table, seq_lens=self.seq_lens)
+
+    @property
+    def scales(self) -> dict[str, Tensor | None]:
+        """``k_scale`` and ``v_scale`` as keyword arguments."""
+        return dict(k_scale=self.k_scale, v_scale=self.v_scale)
+
+    @property
+    def key_scale(self) -> Tensor | None:
+        """``k_scale`` as :func:`attnsieve.proxy_scores` takes it for ``k_cache``."""
+        return key_scale_of(self.k_cache, self.k_scale, self.block_table is not None)
 
     @property
     def num_kv_heads(self) -> int:
@@ -66,7 +80,11 @@ class PagedKVCache:
         num_kv_heads, head_dim: of every layer.
         batch: rows of the page table; a row without tokens is a free place for a new sequence.
         max_length: tokens that one sequence can grow to; default all pages.
-        dtype, device: of K and V.
+        dtype, device: of K and V; float8_e4m3fn holds codes of ``x / scale``.
+        k_scale, v_scale: float32 ``[num_kv_heads]``, or ``[num_layers, num_kv_heads]``: needed with
+            float8_e4m3fn, and with no other dtype.
+        score_dtype: of ``bounds`` and ``proxy``, the dtype of the queries that are scored over
+            them. Default ``dtype``; bfloat16 where that is float8_e4m3fn.
         bounds: keep minima and maxima of each page's keys, for ``score="quest"``.
         projection: ``[num_layers, Hp, D, r]``: keep ``proxy``, each key row times its projection,
             for low-rank selectors; as in :func:`attnsieve.append_kv`.
@@ -75,11 +93,13 @@ class PagedKVCache:
         k, v: ``[num_layers, num_pages, page_size, num_kv_heads, head_dim]``, not initialised.
         block_table: int32 ``[batch, max_pages]``, -1 where a sequence has no page.
         seq_lens: int32 ``[batch]``, on the device. ``lengths``: the same as a list of numbers.
-        bounds: ``[num_layers, num_pages, num_kv_heads, 2, head_dim]`` or None.
+        k_scale, v_scale: ``[num_layers, num_kv_heads]`` or None.
+        bounds: ``[num_layers, num_pages, num_kv_heads, 2, head_dim]`` or None; of codes where the
+            cache holds them.
         proxy: ``[num_layers, num_pages, page_size, Hp, r]`` or None.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or scales do not fit ``dtype`` and sizes.
     """
 
     def __init__(
@@ -94,6 +114,9 @@ class PagedKVCache:
         max_length: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        score_dtype: torch.dtype | None = None,
         bounds: bool = False,
         projection: Tensor | None = None,
     ) -> None:
@@ -105,15 +128,19 @@ class PagedKVCache:
         self.page_size = page_size
         self.max_length = num_pages * page_size if max_length is None else max_length
         max_pages = -(-self.max_length // page_size)
-        on = dict(dtype=dtype, device=device)
+        if score_dtype is None:
+            score_dtype = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+        on, side = (dict(dtype=x, device=device) for x in (dtype, score_dtype))
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
         self.k, self.v = torch.empty(shape, **on), torch.empty(shape, **on)
+        self.k_scale = self._scales("k_scale", k_scale)
+        self.v_scale = self._scales("v_scale", v_scale)
         self.bounds = self.proxy = None
         if bounds:
-            self.bounds = torch.empty(num_layers, num_pages, num_kv_heads, 2, head_dim, **on)
+            self.bounds = torch.empty(num_layers, num_pages, num_kv_heads, 2, head_dim, **side)
         self.projection = projection
         if projection is not None:
-            self.proxy = torch.empty(*shape[:3], projection.shape[1], projection.shape[3], **on)
+            self.proxy = torch.empty(*shape[:3], projection.shape[1], projection.shape[3], **side)
         self.block_table = torch.full((batch, max_pages), -1, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.lengths = [0] * batch
@@ -134,7 +161,14 @@ class PagedKVCache:
     def layer(self, layer: int = 0) -> CachedKV:
         """What the ops, and the methods of :mod:`attnsieve.methods`, take of one layer."""
         bounds = None if self.bounds is None else self.bounds[layer]
-        return CachedKV(self.k[layer], self.v[layer], **self.where, bounds=bounds)
+        return CachedKV(
+            self.k[layer], self.v[layer], **self.where, bounds=bounds, **self.scales(layer)
+        )
+
+    def scales(self, layer: int = 0) -> dict[str, Tensor | None]:
+        """``k_scale`` and ``v_scale`` of a layer as keyword arguments of the ops."""
+        named = dict(k_scale=self.k_scale, v_scale=self.v_scale)
+        return {name: None if x is None else x[layer] for name, x in named.items()}
 
     def reserve(self, rows: int | Sequence[int]) -> None:
         """Gives every sequence pages for ``rows`` more tokens, a number or one per sequence.
@@ -207,6 +241,7 @@ class PagedKVCache:
             self.k[layer],
             self.v[layer],
             **self.where,
+            **self.scales(layer),
             cu_seqlens=self._offsets,
             bounds=None if self.bounds is None else self.bounds[layer],
             projection=None if self.projection is None else self.projection[layer],
@@ -250,6 +285,17 @@ class PagedKVCache:
             self.lengths[b] = 0
             self.block_table[b] = -1
             self.seq_lens[b] = 0
+
+    def _scales(self, name: str, scale: Tensor | None) -> Tensor | None:
+        """``[num_layers, Hkv]`` on the device of the pages."""
+        num_layers, num_kv_heads = self.k.shape[0], self.k.shape[3]
+        of_layer = scale
+        if isinstance(scale, Tensor) and scale.dim() == 2 and scale.shape[0] == num_layers:
+            of_layer = scale[0]
+        check_head_scale(name, of_layer, self.k, num_kv_heads)
+        if scale is None:
+            return None
+        return scale.to(self.k.device).expand(num_layers, num_kv_heads).contiguous()
 
     def _on_device(self, numbers: Tensor) -> Tensor:
         return numbers.to(self.seq_lens.device, non_blocking=True)

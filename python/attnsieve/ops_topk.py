@@ -8,7 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnsieve._arguments import check_decode_values, require_tensor
+from attnsieve._arguments import (
+    check_decode_values,
+    check_head_scale,
+    key_scale_of,
+    require_tensor,
+)
 from attnsieve.ops_cache import proxy_scores
 from attnsieve.ops_decode import decode, select_topk
 from attnsieve.token_index import TokenIndex
@@ -36,6 +41,8 @@ def topk_attention(
     block_table: Tensor | None = None,
     seq_lens: Tensor | None = None,
     sink: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
     validate: bool = False,
@@ -53,7 +60,7 @@ def topk_attention(
         q: ``[B, Hq, Sq, D]``. The new rows' own keys are in the cache: row i sees keys
             ``j <= i + T - Sq`` of its sequence's T.
         k_cache, v_cache: contiguous ``[B, Hkv, S, D]``, or with ``block_table`` pages
-            ``[num_pages, P, Hkv, D]``; dtype of q.
+            ``[num_pages, P, Hkv, D]``; dtype of q, or float8_e4m3fn codes.
         k: keys of a list, a multiple of ``page_size``. A sequence of at most k keys is attended to
             completely, so are pages that hold them.
         score: "quest": an upper bound of ``q.k`` over each page, from ``bounds``. "exact": ``q.k``
@@ -62,7 +69,7 @@ def topk_attention(
             tokens, or with ``page_size`` pages. Keys past the N scored ones are never selected.
         bounds: with "quest": ``[num_pages, Hkv, 2, D]``, contiguous
             ``[B, ceil(S / page_size), Hkv, 2, D]``, minimum and maximum of the keys of each page,
-            as :func:`append_kv` keeps them.
+            as :func:`append_kv` keeps them: of a float8 cache those of the codes. Dtype of q.
         page_size: tokens of a selected page; 1 selects single tokens. Default 1. With "quest" it is
             the page size of ``bounds``: P, the default, or needed where the cache is contiguous.
         num_lists: how many lists per sequence: Hq, Hkv (default) or 1. Shared lists let the query
@@ -82,6 +89,8 @@ def topk_attention(
         seq_lens: int32 ``[B]``, T of each sequence, clamped to the capacity. Needed with
             ``block_table``; without, the default is all of a contiguous cache.
         sink: float32 ``[Hq]``: one more attention logit per row that has no value. Not scaled.
+        k_scale, v_scale: float32 ``[Hkv]``, needed with codes: k is ``code * k_scale``, v alike.
+            "quest" and "exact" score the keys so scaled.
         softmax_scale: of the attention; positive, default ``1 / sqrt(D)``.
         causal: False lets every new row see all T keys.
         validate: check lengths, pages and ``reuse`` on the host first (synchronises).
@@ -108,6 +117,9 @@ def topk_attention(
             raise ValueError(f"{name}: expected 4 dimensions, got shape {list(tensor.shape)}")
     if reuse is not None and not isinstance(reuse, TokenIndex):
         raise TypeError(f"reuse: expected a TokenIndex or None, got {type(reuse).__name__}")
+    num_kv_heads = k_cache.shape[1 if block_table is None else 2]
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        check_head_scale(name, scale, k_cache, num_kv_heads)
     if validate:
         check_decode_values(k_cache, reuse, block_table, seq_lens)
     where = dict(block_table=block_table, seq_lens=seq_lens)
@@ -117,7 +129,7 @@ def topk_attention(
         sink_units, recent_units = _forced(k, unit, sink_tokens, recent_tokens)
         scoring = dict(num_lists=num_lists, head_reduce=head_reduce, row_reduce=row_reduce)
         scoring |= dict(softmax=score_softmax, score_scale=score_scale)
-        scores = _scores(q, k_cache, score, bounds, unit, causal, where, **scoring)
+        scores = _scores(q, k_cache, score, bounds, unit, causal, where, k_scale, **scoring)
         own_rows = causal and scores.dim() == 4 and q.shape[2] > 1
         if own_rows and seq_lens is None:
             seq_lens = q.new_full((q.shape[0],), k_cache.shape[2], dtype=torch.int32)
@@ -137,6 +149,8 @@ def topk_attention(
         index,
         **where,
         sink=sink,
+        k_scale=k_scale,
+        v_scale=v_scale,
         softmax_scale=softmax_scale,
         causal=causal,
         return_lse=True,
@@ -212,6 +226,7 @@ def _scores(
     unit: int,
     causal: bool,
     where: dict,
+    k_scale: Tensor | None,
     *,
     num_lists: int | None,
     head_reduce: str | None,
@@ -231,7 +246,8 @@ def _scores(
         options = dict(page_reduce="max", page_size=unit)
     if row_reduce is None and q.shape[2] == 1:
         row_reduce = "max"  # the row itself, and a list that serves later calls of any Sq
-    num_kv_heads = k_cache.shape[1 if where["block_table"] is None else 2]
+    paged = where["block_table"] is not None
+    num_kv_heads = k_cache.shape[2 if paged else 1]
     if num_lists is None:
         num_lists = num_kv_heads
     elif num_lists not in (1, num_kv_heads, q.shape[1]):
@@ -239,9 +255,11 @@ def _scores(
             f"num_lists: expected 1, {num_kv_heads} (KV heads) or {q.shape[1]} (query heads), got "
             f"{num_lists}"
         )
+    keys = bounds if score == "quest" else k_cache
     return proxy_scores(
         q,
-        bounds if score == "quest" else k_cache,
+        keys,
+        key_scale=key_scale_of(keys, k_scale, heads_last=score == "exact" and paged),
         **options,
         **where,
         row_reduce=row_reduce,

@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> attend(
     problem.seqlen_k = problem.paged.capacity();
   }
   problem.head_dim = q.size(of_q.last);
-  problem.dtype = element_dtype("q", q);
+  problem.dtype = element_dtype("q", q, kOnCpuOnly);
   require_backend(q, problem);
   check_aligned_rows("q", q);
   check_aligned_rows("k", k);

@@ -91,14 +91,19 @@ inline void check_aligned_rows(const char* argument, const Tensor& tensor) {
   }
 }
 
-inline DType element_dtype(const char* argument, const Tensor& tensor) {
+// Where an op takes float32, as the text of a refusal.
+constexpr const char* kEverywhere = "";
+constexpr const char* kOnCpuOnly = " (CPU only)";
+
+inline DType element_dtype(const char* argument, const Tensor& tensor,
+                           const char* float32_where = kEverywhere) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
     default:
       throw Unsupported(std::string(argument) + " has dtype " + dtype_of(tensor) +
-                        "; supported: float32 (CPU only), float16, bfloat16");
+                        "; supported: float32" + float32_where + ", float16, bfloat16");
   }
 }
 

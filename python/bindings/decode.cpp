@@ -93,6 +93,7 @@ std::tuple<Tensor, Tensor> decode(
     const std::optional<Tensor>& v_scale, double softmax_scale, bool causal, int64_t num_splits) {
   const bool paged = block_table.has_value();
   DecodeProblem problem;
+  problem.dtype = element_dtype("q", q, kOnCpuOnly);
   problem.code = cache_code("k_cache", k_cache, q, false);
   check_caches(q, k_cache, v_cache, paged);
   const Dims of_k = paged ? kPaged : kBatched;
@@ -101,7 +102,6 @@ std::tuple<Tensor, Tensor> decode(
   problem.num_kv_heads = k_cache.size(of_k.head);
   problem.seqlen_q = q.size(2);
   problem.head_dim = q.size(3);
-  problem.dtype = element_dtype("q", q);
   if (!q.is_cuda()) require_supported("decode", Backend::kCpu, problem.dtype, problem.head_dim);
   check_aligned_rows("q", q);
   check_aligned_rows("k_cache", k_cache);

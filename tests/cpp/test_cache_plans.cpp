@@ -199,6 +199,12 @@ void capability_rows() {
       }
     }
   }
+  // The dispatcher refuses by the sm_80 row, whichever family then runs.
+  for (const char* op : {"decode", "select_topk", "select_threshold"}) {
+    const Capability& row = capability(op, Backend::kSm90);
+    CHECK(row.dtypes == capability(op, Backend::kSm80).dtypes);
+    CHECK(row.head_dims == capability(op, Backend::kSm80).head_dims);
+  }
 }
 
 }  // namespace

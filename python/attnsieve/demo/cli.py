@@ -215,7 +215,7 @@ def _run(options: argparse.Namespace) -> None:
     if picture is not None:
         from attnsieve.demo.plot import write_plot
 
-        write_plot(picture, title, results)
+        write_plot(picture, title, results, decoded)
         print(f"picture written to {picture}")
 
 

@@ -70,7 +70,7 @@ class DenseDecode(DecodeMethod):
 
 def attend(q: Tensor, cache: CachedKV, index: TokenIndex | None, **options) -> Tensor:
     """:func:`attnsieve.decode` over a cache."""
-    return decode(q, cache.k_cache, cache.v_cache, index, **cache.where, **options)
+    return decode(q, cache.k_cache, cache.v_cache, index, **cache.where, **cache.scales, **options)
 
 
 def num_lists(list_heads: str, q: Tensor, cache: CachedKV) -> int:

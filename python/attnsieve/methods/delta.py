@@ -41,6 +41,7 @@ class Delta(DecodeMethod):
         mass = proxy_scores(
             q,
             cache.k_cache,
+            key_scale=cache.key_scale,
             **cache.where,
             softmax=True,
             head_reduce="max",

@@ -50,13 +50,15 @@ class Quest(DecodeMethod):
             page_size=self.page_size,
             num_lists=num_lists(self.list_heads, q, cache),
             **cache.where,
+            **cache.scales,
             **options,
         )
 
     def _own_bounds(self, cache: CachedKV, key: tuple[int, int], rows: int) -> Tensor:
         """``[B, pages, Hkv, 2, D]`` of a contiguous cache, from those of the last step."""
         keys = cache.k_cache
-        if cache.block_table is not None or cache.seq_lens is not None:
+        others = cache.block_table, cache.seq_lens, cache.k_scale
+        if any(x is not None for x in others):
             raise ValueError("cache: Quest needs its bounds (a PagedKVCache with bounds=True)")
         length, pages = keys.shape[2], -(-keys.shape[2] // self.page_size)
         known, held = self.state.get(key, (0, None))

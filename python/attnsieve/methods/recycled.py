@@ -59,6 +59,7 @@ class Recycled(DecodeMethod):
         weights = proxy_scores(
             q[:, :, -1:],
             cache.k_cache,
+            key_scale=cache.key_scale,
             **cache.where,
             row_reduce="max",
             softmax=True,

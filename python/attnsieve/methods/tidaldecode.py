@@ -42,6 +42,7 @@ class TidalDecode(DecodeMethod):
         scores = proxy_scores(
             q,
             cache.k_cache,
+            key_scale=cache.key_scale,
             **cache.where,
             head_reduce="max",
             num_out_heads=num_lists(self.list_heads, q, cache),

@@ -62,6 +62,7 @@ class TokenSelect(DecodeMethod):
         votes = proxy_scores(
             q,
             cache.k_cache,
+            key_scale=cache.key_scale,
             **cache.where,
             row_reduce="mean",
             softmax=True,
