@@ -74,10 +74,9 @@ struct ScoreList : ListPlace {
 
 // f(position, inside, order) for the words of 32 positions `first`, first + step, ... that begin
 // below `end`: called by whole warps, a lane for each position. Nothing outside [begin, end) is read.
-template <class F>
+template <int kWordsInFlight, class F>
 __device__ __forceinline__ void for_each_word(const float* scores, uint32_t begin, uint32_t end,
                                               uint32_t first, uint32_t step, F&& f) {
-  constexpr int kWordsInFlight = 8;
   const uint32_t lane = threadIdx.x % kWarpThreads;
   for (uint32_t word = first; word * kWarpThreads < end; word += kWordsInFlight * step) {
     float score[kWordsInFlight];

@@ -117,19 +117,19 @@ class DigitCounter {
     const uint32_t mask = digit_mask(digit);
     const uint32_t prefix_bits = prefix_mask(digit);
     uint32_t passing = 0;
-    for_each_word(list.scores, begin, end, first, kThreads / kWarpThreads,
-                  [&](uint32_t, bool inside, uint32_t order) {
-                    const bool match = inside && (order & prefix_bits) == search.prefix;
-                    passing += inside && order > list.limit;
-                    if (match) atomicAdd(&smem_.histogram[order >> shift & mask], 1u);
-                    if (!collect) return;
-                    const unsigned matches = __ballot_sync(kWholeWarp, match);
-                    if (matches == 0) return;
-                    uint32_t slot = 0;
-                    if (lane == 0) slot = atomicAdd(&smem_.list_size, __popc(matches));
-                    slot = __shfl_sync(kWholeWarp, slot, 0);
-                    if (match) smem_.list[slot + __popc(matches & before)] = order;
-                  });
+    for_each_word<8>(list.scores, begin, end, first, kThreads / kWarpThreads,
+                     [&](uint32_t, bool inside, uint32_t order) {
+                       const bool match = inside && (order & prefix_bits) == search.prefix;
+                       passing += inside && order > list.limit;
+                       if (match) atomicAdd(&smem_.histogram[order >> shift & mask], 1u);
+                       if (!collect) return;
+                       const unsigned matches = __ballot_sync(kWholeWarp, match);
+                       if (matches == 0) return;
+                       uint32_t slot = 0;
+                       if (lane == 0) slot = atomicAdd(&smem_.list_size, __popc(matches));
+                       slot = __shfl_sync(kWholeWarp, slot, 0);
+                       if (match) smem_.list[slot + __popc(matches & before)] = order;
+                     });
     if (digit > 0 || !list.has_threshold()) return;
     passing = __reduce_add_sync(kWholeWarp, passing);
     if (lane == 0) atomicAdd(&smem_.passing, passing);

@@ -25,12 +25,12 @@ __device__ __forceinline__ WordMarks mark_words(const ScoreList& list, const Sco
   const uint32_t end =
       min(static_cast<uint32_t>(list.candidates.end), (first + words) * kWarpThreads);
   WordMarks marks;
-  for_each_word(list.scores, begin, end, first, 1,
-                [&](uint32_t position, bool inside, uint32_t order) {
-                  const unsigned above = __ballot_sync(kWholeWarp, inside && order > cut.order);
-                  const unsigned equal = __ballot_sync(kWholeWarp, inside && order == cut.order);
-                  if (position / kWarpThreads - first == lane) marks = {above, equal};
-                });
+  for_each_word<4>(list.scores, begin, end, first, 1,
+                   [&](uint32_t position, bool inside, uint32_t order) {
+                     const unsigned above = __ballot_sync(kWholeWarp, inside && order > cut.order);
+                     const unsigned equal = __ballot_sync(kWholeWarp, inside && order == cut.order);
+                     if (position / kWarpThreads - first == lane) marks = {above, equal};
+                   });
   return marks;
 }
 

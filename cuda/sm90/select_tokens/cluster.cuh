@@ -37,17 +37,14 @@ class ClusterSelector {
   };
 
   __device__ ClusterSelector(const sm80::SelectTokensArguments& arguments, SharedStorage& smem)
-      : arguments_(arguments),
-        list_(arguments, blockIdx.x / kRanks),
-        smem_(smem),
-        counter_(smem.counter) {}
+      : arguments_(arguments), smem_(smem), counter_(smem.counter) {}
 
   __device__ void run() {
     const CutSearch search = find_cut();
-    if (sm80::must_mark(list_, search)) write_marked(search.cut);
     // The list once more, not kept in registers meanwhile.
-    sm80::write_rest(ScoreList(arguments_, blockIdx.x / kRanks), search,
-                     rank() * kThreads + threadIdx.x, kRanks * kThreads);
+    const ScoreList list(arguments_, blockIdx.x / kRanks);
+    if (sm80::must_mark(list, search)) write_marked(list, search.cut);
+    sm80::write_rest(list, search, rank() * kThreads + threadIdx.x, kRanks * kThreads);
     cg::this_cluster().sync();
   }
 
@@ -59,22 +56,23 @@ class ClusterSelector {
 
   __device__ static int rank() { return blockIdx.x % kRanks; }
 
-  __device__ Words words_of_part() const {
-    const uint32_t first = static_cast<uint32_t>(list_.candidates.begin) / kWarpThreads;
+  __device__ Words words_of_part(const ScoreList& list) const {
+    const uint32_t first = static_cast<uint32_t>(list.candidates.begin) / kWarpThreads;
     const uint32_t last =
-        (static_cast<uint32_t>(list_.candidates.end) + kWarpThreads - 1) / kWarpThreads;
+        (static_cast<uint32_t>(list.candidates.end) + kWarpThreads - 1) / kWarpThreads;
     const uint32_t share = (last - first + kRanks - 1) / kRanks;
     const uint32_t own = min(first + rank() * share, last);
     return {own, min(own + share, last)};
   }
 
   __device__ CutSearch find_cut() {
-    CutSearch search(list_);
+    const ScoreList list(arguments_, blockIdx.x / kRanks);
+    CutSearch search(list);
     if (search.found) return search;
-    const Words part = words_of_part();
+    const Words part = words_of_part(list);
     const uint32_t begin =
-        max(static_cast<uint32_t>(list_.candidates.begin), part.first * kWarpThreads);
-    const uint32_t end = min(static_cast<uint32_t>(list_.candidates.end), part.last * kWarpThreads);
+        max(static_cast<uint32_t>(list.candidates.begin), part.first * kWarpThreads);
+    const uint32_t end = min(static_cast<uint32_t>(list.candidates.end), part.last * kWarpThreads);
     counter_.clear();
     cg::this_cluster().sync();  // rank 0 may be added to
     bool listed = false;
@@ -83,12 +81,12 @@ class ClusterSelector {
         counter_.count_list(smem_.counter.list_size, search, digit);
       } else {
         listed = Counter::collects(search, digit);
-        counter_.count(list_, begin, end, search, digit);
+        counter_.count(list, begin, end, search, digit);
       }
-      add_to_rank_0(digit == 0 && list_.has_threshold());
+      add_to_rank_0(digit == 0 && list.has_threshold());
       cg::this_cluster().sync();
       if (rank() == 0) {
-        if (digit == 0 && list_.has_threshold()) search.start(list_, smem_.counter.passing);
+        if (digit == 0 && list.has_threshold()) search.start(list, smem_.counter.passing);
         if (!search.found) counter_.choose(search, digit);
         if (threadIdx.x == 0) smem_.search = search;
       }
@@ -120,9 +118,9 @@ class ClusterSelector {
 
   // The words are marked in chunks of at most 32 a warp. One chunk is marked once; where there are
   // more, once to count and once more to write.
-  __device__ void write_marked(const ScoreCut& cut) {
+  __device__ void write_marked(const ScoreList& list, const ScoreCut& cut) {
     constexpr uint32_t kWarps = kThreads / kWarpThreads;
-    const Words part = words_of_part();
+    const Words part = words_of_part(list);
     const uint32_t words =
         min((part.last - part.first + kWarps - 1) / kWarps, uint32_t{kWarpThreads});
     const uint32_t stride = kWarps * words;
@@ -134,7 +132,7 @@ class ClusterSelector {
     const auto mark = [&](uint32_t chunk) {
       const uint32_t own = chunk + in_chunk;
       marks = WordMarks();
-      if (own < part.last) marks = mark_words(list_, cut, own, min(words, part.last - own));
+      if (own < part.last) marks = mark_words(list, cut, own, min(words, part.last - own));
       typename Counter::Scan(smem_.counter.scan).ExclusiveSum(marks.counts(), before, total);
       __syncthreads();
     };
@@ -150,7 +148,7 @@ class ClusterSelector {
     uint32_t equal_before = smem_.equal_before;
     for (uint32_t chunk = part.first; chunk < part.last; chunk += stride) {
       if (!single) mark(chunk);
-      write_words(list_, cut, chunk + in_chunk, marks, above_before + sm80::above_of(before),
+      write_words(list, cut, chunk + in_chunk, marks, above_before + sm80::above_of(before),
                   equal_before + sm80::equal_of(before));
       above_before += sm80::above_of(total);
       equal_before += sm80::equal_of(total);
@@ -179,7 +177,6 @@ class ClusterSelector {
   }
 
   const sm80::SelectTokensArguments& arguments_;
-  ScoreList list_;
   SharedStorage& smem_;
   Counter counter_;
 };
