@@ -41,39 +41,39 @@ namespace attnsieve::sm80 {
 
 SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem,
                                     const cuda::DeviceInfo& device) {
-  constexpr int64_t kSmallList = 4096;  // columns; 16 for each of 256 threads
+  // Room in the list of keys for more than are kept.
+  constexpr int64_t kMaxSampledCapacity = 6144;
   const int64_t lists = problem.batch * problem.seqlen_q * problem.num_lists;
   const int64_t columns = problem.columns;
   const int num_sms = device.num_sms;
-  const bool clusters = device.compute_capability == 90;
-  // Room in the list of keys for more than are kept.
-  constexpr int64_t kMaxSampledCapacity = 6144;
   const bool fits =
       problem.rule == TokenRule::kThreshold || problem.capacity <= kMaxSampledCapacity;
   SelectTokensPlan plan;
-  if (clusters) {
-    // A rank samples the whole list: it should have more than that to do.
-    constexpr int64_t kMinRankColumns = 16 * 1024;
-    while (plan.ranks < 8 && lists * plan.ranks * 2 <= num_sms &&
-           columns > plan.ranks * 2 * kMinRankColumns) {
+  plan.overlapped = device.overlaps();
+  // Clusters share long lists while two thirds of the SMs hold them all: measured on H200.
+  constexpr int64_t kMinClusterColumns = 32 * 1024;
+  constexpr int64_t kMinRankColumns = 6 * 1024;
+  if (device.compute_capability == 90 && columns > kMinClusterColumns) {
+    while (plan.ranks < 8 && lists * plan.ranks * 3 <= num_sms &&
+           columns >= plan.ranks * 2 * kMinRankColumns) {
       plan.ranks *= 2;
     }
-    plan.sampled =
-        fits && columns <= (plan.ranks > 1 ? kMaxSampledColumnsOfCluster : kMaxSampledColumns);
-    plan.threads = 1024;
-    if (plan.ranks > 1) return plan;
   }
-  plan.sampled = fits && columns <= kMaxSampledColumns;
-  // CTAs share long lists where one a list would leave half of the GPU idle.
+  plan.sampled =
+      fits && columns <= (plan.ranks > 1 ? kMaxSampledColumnsOfCluster : kMaxSampledColumns);
+  // Without clusters CTAs share lists that are not sampled, in five launches, where one a list would
+  // leave half of the GPU idle.
   constexpr int64_t kMinPartColumns = 4096;
   constexpr int64_t kCtasPerSm = 2;
-  if (lists > 0 && 2 * lists <= num_sms && !plan.sampled && columns > kMaxSplitCandidates) {
+  if (plan.ranks == 1 && !plan.sampled && lists > 0 && 2 * lists <= num_sms &&
+      columns > kMaxSplitCandidates) {
     const int64_t least = (columns + kMaxSplitCandidates - 1) / kMaxSplitCandidates;
     const int64_t useful = std::min(kCtasPerSm * num_sms / lists, columns / kMinPartColumns);
     plan.parts = static_cast<int>(std::max(least, useful));
   }
-  // Where lists queue for SMs two CTAs share one: the sweeps of one hide the scans of the other.
-  plan.threads = columns <= kSmallList ? 256 : lists > num_sms ? 512 : 1024;
+  // Two CTAs share an SM where lists queue for it, and short lists leave half of 1024 threads idle.
+  constexpr int64_t kShortList = 16 * 1024;
+  plan.threads = plan.ranks == 1 && (lists > num_sms || columns <= kShortList) ? 512 : 1024;
   return plan;
 }
 

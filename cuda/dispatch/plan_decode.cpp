@@ -11,6 +11,7 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
   constexpr int kMaxColumns = 16;  // two MMA tiles: more would not leave room for the output
   constexpr int64_t kTileKeys = 16;
   constexpr int64_t kChunkUnit = 64;  // a tile for each of four warps
+  constexpr int64_t kMinChunk = 2 * kChunkUnit;
   constexpr int64_t kMaxCount = std::numeric_limits<int>::max() / kMaxDecodeSplits;
   DecodePlan plan;
   plan.rows = problem.index.per_row() ? 1 : static_cast<int>(problem.seqlen_q);
@@ -55,7 +56,8 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
   splits = std::max(kMinSplits, std::min<int64_t>(splits, kMaxDecodeSplits));
   if (problem.num_splits > 0) splits = problem.num_splits;
   const int64_t unit = problem.num_splits > 0 ? kTileKeys : kChunkUnit;
-  const int64_t chunk_keys = std::max(unit, round_up((slots + splits - 1) / splits, unit));
+  const int64_t least = problem.num_splits > 0 ? kTileKeys : kMinChunk;
+  const int64_t chunk_keys = std::max(least, round_up((slots + splits - 1) / splits, unit));
   plan.chunk_keys = static_cast<int>(chunk_keys);
   plan.max_chunks = static_cast<int>(std::max<int64_t>(1, (slots + chunk_keys - 1) / chunk_keys));
   return plan;

@@ -211,10 +211,11 @@ void token_selection() {
         problem.num_lists = 1;
         problem.columns = columns;
         const sm80::SelectTokensPlan plan = sm80::plan_select_tokens(problem, {80, num_sms});
-        CHECK(plan.threads == 256 || plan.threads == 512 || plan.threads == 1024);
+        CHECK(plan.threads == 512 || plan.threads == 1024);
         CHECK(plan.parts >= 1);
-        // Lists that fill the GPU are not split, nor those that one CTA selects from in a moment.
-        CHECK(plan.parts == 1 || (2 * lists <= num_sms && columns > 32768));
+        // Lists that fill the GPU are not split, nor those that one CTA samples.
+        CHECK(plan.parts == 1 || (2 * lists <= num_sms && !plan.sampled));
+        CHECK(plan.sampled == (columns <= sm80::kMaxSampledColumns));
         // Every part fits a CTA.
         CHECK(plan.parts == 1 || (columns + plan.parts - 1) / plan.parts <= 16384);
         // The same for any way of counting lists: batch neighbours are lists too.
@@ -225,7 +226,8 @@ void token_selection() {
         CHECK(plan.ranks == 1);
         const sm80::SelectTokensPlan hopper = sm80::plan_select_tokens(problem, {90, num_sms});
         CHECK(hopper.ranks == 1 || (hopper.parts == 1 && lists * hopper.ranks <= num_sms));
-        CHECK(hopper.ranks == 1 || columns >= hopper.ranks * 2048);
+        CHECK(hopper.ranks == 1 || columns >= hopper.ranks * 6144);
+        CHECK(hopper.overlapped && !plan.overlapped);
       }
     }
   }
@@ -236,11 +238,22 @@ void token_selection() {
   CHECK(sm80::plan_select_tokens(problem, {80, 132}).parts >= 132);
   check::context = "plan_select_tokens: one launch on Hopper, of 1, 2, 4 or 8 CTAs a list";
   CHECK(sm80::plan_select_tokens(problem, {90, 132}).ranks == 8);
-  problem.num_lists = 64;
+  problem.num_lists = 32;
   CHECK(sm80::plan_select_tokens(problem, {90, 132}).ranks == 2);
+  problem.num_lists = 64;
+  CHECK(sm80::plan_select_tokens(problem, {90, 132}).ranks == 1);
   problem.num_lists = 8;
+  problem.columns = 65536;
+  CHECK(sm80::plan_select_tokens(problem, {90, 132}).ranks == 8);
   problem.columns = 8192;
-  CHECK(sm80::plan_select_tokens(problem, {90, 132}).ranks == 4);
+  CHECK(sm80::plan_select_tokens(problem, {90, 132}).ranks == 1);
+  check::context = "plan_select_tokens: what the list of keys has no room for is not sampled";
+  problem.capacity = 6144;
+  CHECK(sm80::plan_select_tokens(problem, {90, 132}).sampled);
+  problem.capacity = 6145;
+  CHECK(!sm80::plan_select_tokens(problem, {90, 132}).sampled);
+  problem.rule = TokenRule::kThreshold;
+  CHECK(sm80::plan_select_tokens(problem, {90, 132}).sampled);
 }
 
 void table() {

@@ -12,6 +12,7 @@
 // Not handled     Codes, key scales, several rows, softmax, pages of tokens: kernel.cuh.
 #pragma once
 
+#include "cuda/common/overlap.cuh"
 #include "cuda/sm80/proxy_scores/fragments.cuh"
 
 namespace attnsieve::sm80 {
@@ -254,6 +255,7 @@ class ScoreStream {
 template <class Element, int kDim, bool kBounds>
 __global__ void __launch_bounds__(kStreamThreads, kStreamCtasPerSm)
     stream_scores_kernel(const __grid_constant__ ProxyScoresArguments a) {
+  begin_overlapped();
   ScoreStream<Element, kDim, kBounds>(a).run();
 }
 

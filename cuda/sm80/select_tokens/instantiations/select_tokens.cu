@@ -26,10 +26,12 @@ size_t radix_bytes() {
 }
 
 template <int kThreads>
-void launch_whole(const TokenSelectProblem& problem, bool sampled, int64_t lists, void* stream) {
-  const size_t bytes = sampled ? sampled_bytes(problem.columns) : radix_bytes<kThreads>();
+void launch_whole(const TokenSelectProblem& problem, const SelectTokensPlan& plan, int64_t lists,
+                  void* stream) {
+  const size_t bytes = plan.sampled ? sampled_bytes(problem.columns) : radix_bytes<kThreads>();
   launch<select_tokens_kernel<kThreads>, SelectTokensArguments, sampled_bytes(kMaxSampledColumns)>(
-      kName, lists, kThreads, bytes, stream, make_arguments(problem, sampled));
+      kName, lists, kThreads, bytes, stream, make_arguments(problem, plan.sampled),
+      plan.overlapped ? Launch::kOverlapped : Launch::kPlain);
 }
 
 void launch_split(const TokenSelectProblem& problem, int64_t lists, int parts, void* stream) {
@@ -63,11 +65,8 @@ void launch_select_tokens(const TokenSelectProblem& problem, const SelectTokensP
   const int64_t lists = problem.batch * problem.seqlen_q * problem.num_lists;
   if (lists == 0) return;
   if (plan.parts > 1) return launch_split(problem, lists, plan.parts, stream);
-  switch (plan.threads) {
-    case 256: return launch_whole<256>(problem, plan.sampled, lists, stream);
-    case 512: return launch_whole<512>(problem, plan.sampled, lists, stream);
-    default: return launch_whole<1024>(problem, plan.sampled, lists, stream);
-  }
+  if (plan.threads == 512) return launch_whole<512>(problem, plan, lists, stream);
+  launch_whole<1024>(problem, plan, lists, stream);
 }
 
 std::vector<KernelEntry> select_tokens_entries() {
@@ -75,8 +74,7 @@ std::vector<KernelEntry> select_tokens_entries() {
     return KernelEntry{name, reinterpret_cast<const void*>(kernel), threads, shared_bytes};
   };
   const size_t most = sampled_bytes(kMaxSampledColumns);
-  return {entry("256 threads a list", &select_tokens_kernel<256>, 256, most),
-          entry("512 threads a list", &select_tokens_kernel<512>, 512, most),
+  return {entry("512 threads a list", &select_tokens_kernel<512>, 512, most),
           entry("1024 threads a list", &select_tokens_kernel<1024>, 1024, most),
           entry("digit of a split list", &select_tokens_digit_kernel, kSplitThreads),
           entry("write a split list", &select_tokens_write_kernel, kSplitThreads)};
