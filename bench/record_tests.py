@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,20 +130,25 @@ def sanitized_tests(tool: str, what: str, tests: Sequence[str], flags: Sequence[
     return record(suite, int(clean), int(not clean), 0, time.perf_counter() - start)
 
 
-def sanitizers(binary: Path) -> list[dict]:
+def sanitized_binary(tool: str, binary: Path) -> dict:
+    """The row of one tool over the cases of bench_attend."""
+    start = time.perf_counter()
+    passed = [_sanitize(tool, [str(binary), *case.split()]) for case in CASES]
+    suite = f"compute-sanitizer {tool}, bench_attend"
+    failed = len(passed) - sum(passed)
+    return record(suite, sum(passed), failed, 0, time.perf_counter() - start)
+
+
+def sanitizers(binary: Path, workers: int) -> list[dict]:
     """compute-sanitizer over the attend kernels, the small ops and the decode family."""
-    rows = []
-    for tool in SANITIZER_TOOLS:
-        start = time.perf_counter()
-        passed = [_sanitize(tool, [str(binary), *case.split()]) for case in CASES]
-        seconds = time.perf_counter() - start
-        suite = f"compute-sanitizer {tool}, bench_attend"
-        rows.append(record(suite, sum(passed), len(passed) - sum(passed), 0, seconds))
-    rows.append(sanitized_tests("memcheck", "selection and empty tests", PYTHON_OPS))
+    jobs = [partial(sanitized_binary, tool, binary) for tool in SANITIZER_TOOLS]
+    jobs.append(partial(sanitized_tests, "memcheck", "selection and empty tests", PYTHON_OPS))
     for op, (file, chosen) in DECODE_OPS.items():
         for tool in DECODE_TOOLS:
-            rows.append(sanitized_tests(tool, f"{op} tests", [file, "-k", chosen], OWN_KERNELS))
-    return rows
+            tests = [file, "-k", chosen]
+            jobs.append(partial(sanitized_tests, tool, f"{op} tests", tests, OWN_KERNELS))
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda job: job(), jobs))
 
 
 def main() -> int:
@@ -149,7 +156,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", nargs="*", default=["pytest", "sanitizers"])
     parser.add_argument("--binary", type=Path, default=Path("build/bench/bench/bench_attend"))
-    parser.add_argument("--workers", type=int, default=1, help="parallel pytest processes")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="parallel processes of tests or tools"
+    )
     parser.add_argument("--out", type=Path, help="folder of tests.json")
     args = parser.parse_args()
     rows = []
@@ -158,7 +167,7 @@ def main() -> int:
     if "slow" in args.suite:
         rows += pytest_cuda(args.workers, "slow")
     if "sanitizers" in args.suite:
-        rows += sanitizers(args.binary.resolve())
+        rows += sanitizers(args.binary.resolve(), args.workers)
     path = (args.out or results.RESULTS / device_name("cuda")) / "tests.json"
     fresh = {row["suite"] for row in rows}
     old = [row for row in results.read(path) if row["suite"] not in fresh] if path.exists() else []
