@@ -110,10 +110,9 @@ class FloorSample {
       for (uint32_t j = 0; j < kVectorScores; ++j) {
         const uint32_t bin = (score_order(score[j]) ^ prefix) >> shift;
         // Rows of equal scores would queue up at one counter.
-        int all_equal = 0;
-        __match_all_sync(kWholeWarp, bin, &all_equal);
-        if (bin >> bits != 0 || (all_equal != 0 && threadIdx.x % kWarpThreads != 0)) continue;
-        atomicAdd(&smem.histogram[bin], all_equal != 0 ? kWarpThreads : 1);
+        const bool all_equal = __all_sync(kWholeWarp, bin == __shfl_sync(kWholeWarp, bin, 0)) != 0;
+        if (bin >> bits != 0 || (all_equal && threadIdx.x % kWarpThreads != 0)) continue;
+        atomicAdd(&smem.histogram[bin], all_equal ? kWarpThreads : 1);
       }
     }
   }
