@@ -25,16 +25,11 @@ void allow_shared_memory(size_t bytes, const char* name) {
   allowed.fetch_or(bit, std::memory_order_relaxed);
 }
 
-enum class Launch {
-  kPlain,
-  kOverlapped,  // may start under the kernel before it: begin_overlapped() in overlap.cuh
-};
-
 // Launches kKernel<<<ctas, threads, shared_bytes, stream>>>(argument). A kernel whose launches differ
 // in shared_bytes says how many they need at most.
 template <auto kKernel, class Argument, size_t kMostSharedBytes = 0>
 void launch(const char* name, int64_t ctas, int threads, size_t shared_bytes, void* stream,
-            const Argument& argument, Launch how = Launch::kPlain) {
+            const Argument& argument) {
   if (ctas <= 0) return;
   if (ctas > std::numeric_limits<int32_t>::max()) {
     throw InvalidArgument(std::string(name) + ": the problem needs " + std::to_string(ctas) +
@@ -43,17 +38,9 @@ void launch(const char* name, int64_t ctas, int threads, size_t shared_bytes, vo
   if (shared_bytes > kDefaultSharedMemory) {
     allow_shared_memory<kKernel>(std::max(shared_bytes, kMostSharedBytes), name);
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = how == Launch::kOverlapped ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kKernel, argument), name);
+  kKernel<<<static_cast<unsigned>(ctas), static_cast<unsigned>(threads), shared_bytes,
+            static_cast<cudaStream_t>(stream)>>>(argument);
+  check_cuda(cudaGetLastError(), name);
 }
 
 }  // namespace attnsieve

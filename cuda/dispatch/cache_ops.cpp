@@ -74,7 +74,6 @@ void proxy_scores(const ProxyScoresProblem& problem, void* stream) {
   sm80::ProxyScoresArguments arguments;
   arguments.problem = problem;
   arguments.plan = sm80::plan_proxy_scores(problem, dispatch_device().num_sms);
-  arguments.overlapped = dispatch_device().overlaps();
   arguments.aligned_codes = aligned_codes(problem.keys, problem.keys_stride_bound);
   if (problem.softmax) {
     if (problem.workspace == nullptr)
@@ -95,7 +94,6 @@ void append_kv(const AppendKvProblem& problem, void* stream) {
   sm80::AppendKvArguments arguments;
   arguments.problem = problem;
   arguments.plan = sm80::plan_append_kv(problem);
-  arguments.overlapped = dispatch_device().overlaps();
   arguments.aligned_codes = aligned_codes(problem.k_cache, 0) && aligned_codes(problem.v_cache, 0);
   switch (problem.dtype) {
     case DType::kFloat32: return sm80::launch_append_kv<float>(arguments, stream);

@@ -49,7 +49,6 @@ SelectTokensPlan plan_select_tokens(const TokenSelectProblem& problem,
   const bool fits =
       problem.rule == TokenRule::kThreshold || problem.capacity <= kMaxSampledCapacity;
   SelectTokensPlan plan;
-  plan.overlapped = device.overlaps();
   // Clusters share long lists while two thirds of the SMs hold them all: measured on H200.
   constexpr int64_t kMinClusterColumns = 32 * 1024;
   constexpr int64_t kMinRankColumns = 6 * 1024;

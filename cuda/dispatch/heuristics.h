@@ -12,10 +12,6 @@ namespace attnsieve::cuda {
 struct DeviceInfo {
   int compute_capability = 0;  // 80, 86, 90 ...
   int num_sms = 0;
-
-  // Whether kernels may be launched with Launch::kOverlapped: machine code of sm_90 runs there, also of
-  // kernels for every GPU.
-  bool overlaps() const { return compute_capability == 90; }
 };
 
 // The device that kernels are chosen for where `forced` names a family (backend_name), for tests and
@@ -44,7 +40,6 @@ struct SelectTokensPlan {
   int threads = 0;  // of a CTA that owns a list
   int parts = 1;  // CTAs that share a list over several launches; then they have 512 threads
   int ranks = 1;  // CTAs of a cluster that share a list in one launch (sm_90); 1, 2, 4 or 8
-  bool overlapped = false;  // Launch::kOverlapped
   bool sampled = false;  // a floor from a sample of the scores first: one sweep instead of four
 };
 

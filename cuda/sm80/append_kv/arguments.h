@@ -9,7 +9,6 @@ namespace attnsieve::sm80 {
 struct AppendKvArguments {
   AppendKvProblem problem;
   AppendKvPlan plan;
-  bool overlapped = false;  // on sm_90: Launch::kOverlapped
   bool aligned_codes = false;  // rows of float8 caches begin at multiples of 8 bytes
 };
 

@@ -15,7 +15,6 @@
 
 #include <type_traits>
 
-#include "cuda/common/overlap.cuh"
 #include "cuda/sm80/append_kv/segment.cuh"
 
 namespace attnsieve::sm80 {
@@ -314,7 +313,6 @@ template <class Element, bool kFloat8>
 __global__ void __launch_bounds__(kAppendThreads, kAppendCtasPerSm)
     append_kv_kernel(const __grid_constant__ AppendKvArguments a) {
   __shared__ AppendStorage smem;
-  begin_overlapped();
   const auto heads = static_cast<unsigned>(a.problem.num_kv_heads);
   const Segment segment(a, static_cast<int>(blockIdx.x / heads));
   if (segment.empty()) return;

@@ -15,7 +15,6 @@ struct SoftmaxTotal {
 struct ProxyScoresArguments {
   ProxyScoresProblem problem;
   ProxyScoresPlan plan;
-  bool overlapped = false;  // on sm_90: Launch::kOverlapped
   bool aligned_codes = false;  // rows of codes begin at multiples of 8 bytes
   SoftmaxTotal* chunk_totals = nullptr;  // [B, out_rows, Hq, chunks]
   SoftmaxTotal* totals = nullptr;        // [B, out_rows, Hq]

@@ -12,13 +12,12 @@ inline constexpr const char* kProxyScores = "proxy_scores";
 
 template <class Element, int kDim>
 void launch_stream_scores(const ProxyScoresArguments& a, void* stream) {
-  const Launch how = a.overlapped ? Launch::kOverlapped : Launch::kPlain;
   if (a.problem.element == ProxyElement::kBounds) {
     launch<stream_scores_kernel<Element, kDim, true>>(kProxyScores, a.plan.items, kStreamThreads, 0,
-                                                      stream, a, how);
+                                                      stream, a);
   } else {
     launch<stream_scores_kernel<Element, kDim, false>>(kProxyScores, a.plan.items, kStreamThreads,
-                                                       0, stream, a, how);
+                                                       0, stream, a);
   }
 }
 

@@ -12,7 +12,6 @@
 // Not handled     Codes, key scales, several rows, softmax, pages of tokens: kernel.cuh.
 #pragma once
 
-#include "cuda/common/overlap.cuh"
 #include "cuda/sm80/proxy_scores/fragments.cuh"
 
 namespace attnsieve::sm80 {
@@ -255,7 +254,6 @@ class ScoreStream {
 template <class Element, int kDim, bool kBounds>
 __global__ void __launch_bounds__(kStreamThreads, kStreamCtasPerSm)
     stream_scores_kernel(const __grid_constant__ ProxyScoresArguments a) {
-  begin_overlapped();
   ScoreStream<Element, kDim, kBounds>(a).run();
 }
 

@@ -12,7 +12,6 @@
 // Not handled     Lists that few CTAs should share: split.cuh.
 #pragma once
 
-#include "cuda/common/overlap.cuh"
 #include "cuda/sm80/select_tokens/sampled.cuh"
 #include "cuda/sm80/select_tokens/write.cuh"
 
@@ -91,7 +90,6 @@ template <int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreads < 1024 ? 2 : 1)
     select_tokens_kernel(const __grid_constant__ SelectTokensArguments arguments) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  begin_overlapped();
   if (arguments.sampled) {
     auto& smem = *reinterpret_cast<SampledStorage*>(shared_memory);
     if (SampledSelector<kThreads, OneCta>(arguments, smem).run()) return;

@@ -12,7 +12,6 @@
 
 #include <cooperative_groups.h>
 
-#include "cuda/common/overlap.cuh"
 #include "cuda/sm80/decode/merge.cuh"
 
 namespace attnsieve::sm90 {
@@ -85,7 +84,6 @@ __global__ void __cluster_dims__(kDecodeRanks, 1, 1)
   using Config = sm80::DecodeConfig<Types, kHeadDim, kColumnTiles>;
   extern __shared__ __align__(128) unsigned char shared_memory[];
   auto& smem = *reinterpret_cast<ClusterDecodeStorage<Config>*>(shared_memory);
-  begin_overlapped();
   if (threadIdx.x == 0) {
     const int item = static_cast<int>(blockIdx.x) / kDecodeRanks;
     smem.task = sm80::make_task<typename Config::Stored>(a, item);

@@ -14,7 +14,7 @@ struct DecodeListKernel {
   static void run(const DecodeArguments& arguments, void* stream) {
     launch<decode_list_kernel<Types, kHeadDim, kColumnTiles>>(
         "decode", int64_t{arguments.plan.items} * kDecodeRanks, sm80::kDecodeThreads,
-        sizeof(Storage), stream, arguments, Launch::kOverlapped);
+        sizeof(Storage), stream, arguments);
   }
 
   static KernelEntry entry(const char* name) {

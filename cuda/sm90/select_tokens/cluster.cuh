@@ -13,7 +13,6 @@
 
 #include <cooperative_groups.h>
 
-#include "cuda/common/overlap.cuh"
 #include "cuda/sm80/select_tokens/kernel.cuh"
 
 namespace attnsieve::sm90 {
@@ -200,7 +199,6 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(kThreads)
     select_tokens_kernel(const __grid_constant__ sm80::SelectTokensArguments arguments) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   using Ranks = ClusterOfCtas<kRanks>;
-  begin_overlapped();
   if (arguments.sampled) {
     auto& smem = *reinterpret_cast<sm80::SampledStorage*>(shared_memory);
     const bool done = sm80::SampledSelector<kThreads, Ranks>(arguments, smem).run();

@@ -9,8 +9,7 @@ void launch_append_kv(const AppendKvArguments& a, void* stream) {
   const auto run = a.problem.code == Code::kNone
                        ? launch<append_kv_kernel<Element, false>, AppendKvArguments>
                        : launch<append_kv_kernel<Element, true>, AppendKvArguments>;
-  run("append_kv", a.plan.items, kAppendThreads, 0, stream, a,
-      a.overlapped ? Launch::kOverlapped : Launch::kPlain);
+  run("append_kv", a.plan.items, kAppendThreads, 0, stream, a);
 }
 
 template void launch_append_kv<float>(const AppendKvArguments&, void*);

@@ -30,8 +30,7 @@ void launch_whole(const TokenSelectProblem& problem, const SelectTokensPlan& pla
                   void* stream) {
   const size_t bytes = plan.sampled ? sampled_bytes(problem.columns) : radix_bytes<kThreads>();
   launch<select_tokens_kernel<kThreads>, SelectTokensArguments, sampled_bytes(kMaxSampledColumns)>(
-      kName, lists, kThreads, bytes, stream, make_arguments(problem, plan.sampled),
-      plan.overlapped ? Launch::kOverlapped : Launch::kPlain);
+      kName, lists, kThreads, bytes, stream, make_arguments(problem, plan.sampled));
 }
 
 void launch_split(const TokenSelectProblem& problem, int64_t lists, int parts, void* stream) {

@@ -14,7 +14,7 @@ void launch_ranks(const TokenSelectProblem& problem, bool sampled, int64_t lists
                                : sizeof(typename ClusterSelector<kThreads, kRanks>::SharedStorage);
   launch<select_tokens_kernel<kThreads, kRanks>, sm80::SelectTokensArguments, kMostSharedBytes>(
       "select_tokens", lists * kRanks, kThreads, bytes, stream,
-      sm80::make_arguments(problem, sampled), Launch::kOverlapped);
+      sm80::make_arguments(problem, sampled));
 }
 
 template <int kRanks>
