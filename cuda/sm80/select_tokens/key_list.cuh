@@ -49,14 +49,14 @@ struct KeyList {
     *reinterpret_cast<uint32_t*>(&key) = before_end;
   }
 
-  // Completes the keys, by all threads of a CTA.
+  // Completes the keys with order_of(key) and finds the largest order, by all threads of a CTA.
   template <int kThreads, class OrderOf>
   __device__ void set_orders(OrderOf&& order_of) {
     uint32_t best = 0;
     for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
-      const auto before_end = static_cast<uint32_t>(keys[i]);
-      const uint32_t order = order_of(before_end);
-      keys[i] = candidate_key(order, before_end);
+      const CandidateKey key = keys[i];
+      const uint32_t order = order_of(key);
+      keys[i] = candidate_key(order, static_cast<uint32_t>(key));
       best = ::max(best, order);
     }
     best = __reduce_max_sync(kWholeWarp, best);

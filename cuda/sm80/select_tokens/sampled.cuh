@@ -97,6 +97,12 @@ class SampledSelector {
  private:
   static constexpr int kInFlight = 8;  // loads of a thread: a mask of 32 bits
   static constexpr uint32_t kChunk = kThreads * kInFlight;
+  // Orders are read a second time: by the ranks as they list, or by one CTA when all are listed.
+  static constexpr bool kOrdersLater = Ranks::kCount == 1;
+
+  static __device__ uint32_t order_at(const CandidateSpan& span, uint32_t position) {
+    return score_order(__ldg(span.scores + position));
+  }
 
   __device__ void clear(const CandidateSpan& span) {
     FloorSample<kThreads>::clear(floor_storage());
@@ -259,7 +265,13 @@ class SampledSelector {
     CandidateKey* const keys = Ranks::of_rank_0(smem_.list.keys);
 #pragma unroll 1
     for (; mask != 0 && slot < kKeyCapacity; mask &= mask - 1, ++slot) {
-      KeyList::put(keys[slot], span.end - 1 - position_of(__ffs(mask) - 1));
+      const uint32_t position = position_of(__ffs(mask) - 1);
+      const uint32_t before_end = span.end - 1 - position;
+      if constexpr (kOrdersLater) {
+        KeyList::put(keys[slot], before_end);
+      } else {
+        keys[slot] = candidate_key(order_at(span, position), before_end);
+      }
     }
   }
 
@@ -321,8 +333,9 @@ class SampledSelector {
     CandidateKey cut = 0;
     if (kept < size) {
       const uint32_t floor = smem_.floor.order + (smem_.floor.equal_apart ? 1 : 0);
-      const auto order_of = [&](uint32_t before_end) {
-        return score_order(__ldg(span.scores + (span.end - 1 - before_end)));
+      const auto order_of = [&](CandidateKey key) {
+        if constexpr (!kOrdersLater) return static_cast<uint32_t>(key >> kOrderShift);
+        return order_at(span, span.end - 1 - static_cast<uint32_t>(key));
       };
       list.template set_orders<kThreads>(order_of);
       cut = list.template find_cut<kThreads>(kept, floor, bit_width(span.size()));

@@ -17,7 +17,9 @@ struct WordMarks {
 __device__ __forceinline__ uint32_t above_of(uint32_t counts) { return counts & 0xffff; }
 __device__ __forceinline__ uint32_t equal_of(uint32_t counts) { return counts >> 16; }
 
-// Marks of the ranked candidates in the `words` <= 32 words from `first` on.
+// Marks of the ranked candidates in the `words` <= 32 words from `first` on. Fewer words in flight need
+// fewer registers.
+template <int kWordsInFlight = 4>
 __device__ __forceinline__ WordMarks mark_words(const ScoreList& list, const ScoreCut& cut,
                                                 uint32_t first, uint32_t words) {
   const uint32_t lane = threadIdx.x % kWarpThreads;
@@ -25,12 +27,12 @@ __device__ __forceinline__ WordMarks mark_words(const ScoreList& list, const Sco
   const uint32_t end =
       min(static_cast<uint32_t>(list.candidates.end), (first + words) * kWarpThreads);
   WordMarks marks;
-  for_each_word<4>(list.scores, begin, end, first, 1,
-                   [&](uint32_t position, bool inside, uint32_t order) {
-                     const unsigned above = __ballot_sync(kWholeWarp, inside && order > cut.order);
-                     const unsigned equal = __ballot_sync(kWholeWarp, inside && order == cut.order);
-                     if (position / kWarpThreads - first == lane) marks = {above, equal};
-                   });
+  for_each_word<kWordsInFlight>(
+      list.scores, begin, end, first, 1, [&](uint32_t position, bool inside, uint32_t order) {
+        const unsigned above = __ballot_sync(kWholeWarp, inside && order > cut.order);
+        const unsigned equal = __ballot_sync(kWholeWarp, inside && order == cut.order);
+        if (position / kWarpThreads - first == lane) marks = {above, equal};
+      });
   return marks;
 }
 

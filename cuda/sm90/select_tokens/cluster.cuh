@@ -132,7 +132,9 @@ class ClusterSelector {
     const auto mark = [&](uint32_t chunk) {
       const uint32_t own = chunk + in_chunk;
       marks = WordMarks();
-      if (own < part.last) marks = mark_words(list, cut, own, min(words, part.last - own));
+      if (own < part.last) {
+        marks = sm80::mark_words<2>(list, cut, own, min(words, part.last - own));
+      }
       typename Counter::Scan(smem_.counter.scan).ExclusiveSum(marks.counts(), before, total);
       __syncthreads();
     };
