@@ -109,16 +109,21 @@ def pytest_cuda(workers: int, marker: str | None = None) -> list[dict]:
 def _sanitize(tool: str, command: list[str], flags: Sequence[str] = ()) -> bool:
     # Without the caching allocator, every tensor is an allocation that memcheck can see the end of.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        ["compute-sanitizer", "--tool", tool, *SANITIZER_FLAGS[tool], *flags, *command],
-        cwd=results.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        env=environment,
-    )
+    name = f"# {tool}: {' '.join(command)}"
+    try:
+        done = subprocess.run(
+            ["compute-sanitizer", "--tool", tool, *SANITIZER_FLAGS[tool], *flags, *command],
+            cwd=results.ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{name}\nnot done after {TIMEOUT_S} s")
+        return False
     if done.returncode != 0:
-        print(f"# {tool}: {' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+        print(f"{name}\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
     return done.returncode == 0
 
 
