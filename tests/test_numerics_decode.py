@@ -179,6 +179,28 @@ def test_splits_merge_to_the_whole(op, capacity):
         assert_close(got, whole)
 
 
+@pytest.mark.parametrize("k_tokens", [None, 300])
+def test_the_size_of_the_batch_does_not_matter(op, k_tokens):
+    """On a GPU it decides which parts of a sequence one CTA merges, and how large clusters are."""
+    batch, length = 48, 4096
+    q = randn((batch, 8, 1, 64), op.dtype)
+    k, v = (randn((batch, 2, length, 64), op.dtype, seed=s) for s in (1, 2))
+    lengths = [length if b % 3 else (b * 977) % length for b in range(batch)]
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    index = None
+    if k_tokens is not None:
+        index = TokenIndex((torch.arange(k_tokens, dtype=torch.int32) * 11).expand(batch, 2, -1))
+    got = op.decode(q, k, v, index, seq_lens=lens, return_lse=True)
+    for b in (0, 1, 9, 24, 47):
+        one = slice(b, b + 1)
+        own = None if index is None else TokenIndex(index.indices[one])
+        where = dict(seq_lens=lens[one], return_lse=True)
+        want = reference_decode.decode(q[one], k[one], v[one], own, **where)
+        assert_close([x[one] for x in got], want)
+        alone = op.decode(q[one], k[one], v[one], own, **where)
+        assert_bitwise(tuple(x[one] for x in got), alone)
+
+
 def test_slots_equal_positions(op):
     pick = PLAIN | dict(cache=16, index=None, lengths=(129, 64), rows=1, heads=(8, 2), head_dim=64)
     (q, k, v, _), options, _ = build(pick | dict(dtype=torch.bfloat16))

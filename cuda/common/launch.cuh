@@ -25,22 +25,46 @@ void allow_shared_memory(size_t bytes, const char* name) {
   allowed.fetch_or(bit, std::memory_order_relaxed);
 }
 
+inline void check_grid(const char* name, int64_t ctas) {
+  if (ctas > std::numeric_limits<int32_t>::max()) {
+    throw InvalidArgument(std::string(name) + ": the problem needs " + std::to_string(ctas) +
+                          " thread blocks, more than one grid dimension holds");
+  }
+}
+
 // Launches kKernel<<<ctas, threads, shared_bytes, stream>>>(argument). A kernel whose launches differ
 // in shared_bytes says how many they need at most.
 template <auto kKernel, class Argument, size_t kMostSharedBytes = 0>
 void launch(const char* name, int64_t ctas, int threads, size_t shared_bytes, void* stream,
             const Argument& argument) {
   if (ctas <= 0) return;
-  if (ctas > std::numeric_limits<int32_t>::max()) {
-    throw InvalidArgument(std::string(name) + ": the problem needs " + std::to_string(ctas) +
-                          " thread blocks, more than one grid dimension holds");
-  }
+  check_grid(name, ctas);
   if (shared_bytes > kDefaultSharedMemory) {
     allow_shared_memory<kKernel>(std::max(shared_bytes, kMostSharedBytes), name);
   }
   kKernel<<<static_cast<unsigned>(ctas), static_cast<unsigned>(threads), shared_bytes,
             static_cast<cudaStream_t>(stream)>>>(argument);
   check_cuda(cudaGetLastError(), name);
+}
+
+// The same for `clusters` of `ranks` thread blocks.
+template <auto kKernel, class Argument>
+void launch_clusters(const char* name, int64_t clusters, int ranks, int threads,
+                     size_t shared_bytes, void* stream, const Argument& argument) {
+  if (clusters <= 0) return;
+  check_grid(name, clusters * ranks);
+  if (shared_bytes > kDefaultSharedMemory) allow_shared_memory<kKernel>(shared_bytes, name);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(clusters * ranks);
+  config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, argument), name);
 }
 
 }  // namespace attnsieve

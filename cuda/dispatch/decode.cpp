@@ -15,7 +15,7 @@ namespace {
 // Partial results of chunks, then the counters. Items of one chunk leave nothing.
 struct Workspace {
   Workspace(const DecodePlan& plan, int64_t head_dim) {
-    if (plan.max_chunks == 1 || plan.clustered) return;
+    if (plan.max_chunks == 1 || plan.ranks > 0) return;
     const auto aligned = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
     const size_t columns = size_t{1} * plan.items * plan.max_chunks * plan.columns;
     state = aligned(columns * head_dim * sizeof(float));
@@ -30,7 +30,7 @@ struct Workspace {
 template <class Element, class Stored, int kHeadDim>
 void launch(const sm80::DecodeArguments& arguments, int num_sms, void* stream) {
 #if ATTNSIEVE_SM90
-  if (arguments.plan.clustered)
+  if (arguments.plan.ranks > 0)
     return sm90::launch_decode_lists<Element, Stored, kHeadDim>(arguments, stream);
 #endif
   sm80::launch_decode<Element, Stored, kHeadDim>(arguments, num_sms, stream);

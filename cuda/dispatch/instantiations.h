@@ -67,7 +67,7 @@ void launch_attend(const AttendArguments& arguments, const AttendPlan& plan, int
 template <class Element, int kHeadDim, bool kInterleaved, bool kList>
 std::vector<KernelEntry> attend_entries();
 
-// For plans that are clustered.
+// For plans with clusters.
 template <class Element, class Stored, int kHeadDim>
 void launch_decode_lists(const sm80::DecodeArguments& arguments, void* stream);
 template <class Element, class Stored, int kHeadDim>

@@ -44,21 +44,23 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
     throw InvalidArgument("decode: a list and a dense range of " + std::to_string(slots) +
                           " keys, at most " + std::to_string(kMaxSlots) + " are supported");
   }
-  // Short lists: eight CTAs take a few tiles a warp each, and merge without a word to memory.
+  // Short lists: eight CTAs take a few tiles a warp each, and merge without a word to memory. Four
+  // take twice as many where eight would not run all at once.
   constexpr int64_t kMaxClusterSlots = 8192;
-  plan.clustered = device.compute_capability == 90 && problem.index.given() &&
-                   problem.num_splits == 0 && slots <= kMaxClusterSlots;
-  const auto round_up = [](int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; };
+  const bool clustered = device.compute_capability == 90 && problem.index.given() &&
+                         problem.num_splits == 0 && slots <= kMaxClusterSlots;
+  const bool all_at_once = int64_t{plan.items} * 8 <= int64_t{device.num_sms} * 2;
+  if (clustered) plan.ranks = all_at_once ? 8 : 4;
   // Without a wish about two chunks for every SM of a large GPU where there is one sequence.
-  constexpr int64_t kWantedChunks = 264;
+  constexpr int64_t kWantedChunks = 256;
   constexpr int64_t kMinSplits = 4;
   int64_t splits = (kWantedChunks + per_batch - 1) / std::max<int64_t>(1, per_batch);
   splits = std::max(kMinSplits, std::min<int64_t>(splits, kMaxDecodeSplits));
   if (problem.num_splits > 0) splits = problem.num_splits;
-  const int64_t unit = problem.num_splits > 0 ? kTileKeys : kChunkUnit;
   const int64_t least = problem.num_splits > 0 ? kTileKeys : kMinChunk;
-  const int64_t chunk_keys = std::max(least, round_up((slots + splits - 1) / splits, unit));
+  const int64_t chunk_keys = std::max(least, (slots + splits - 1) / splits);
   plan.chunk_keys = static_cast<int>(chunk_keys);
+  plan.chunk_unit = static_cast<int>(problem.num_splits > 0 ? kTileKeys : kChunkUnit);
   plan.max_chunks = static_cast<int>(std::max<int64_t>(1, (slots + chunk_keys - 1) / chunk_keys));
   return plan;
 }
@@ -66,7 +68,8 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
 std::string DecodePlan::to_string() const {
   return std::to_string(items) + " items of up to " + std::to_string(rows) + " rows x " +
          std::to_string(heads) + " heads, chunks of " + std::to_string(chunk_keys) +
-         " keys, at most " + std::to_string(max_chunks) + (clustered ? ", clustered" : "");
+         " keys, at most " + std::to_string(max_chunks) +
+         (ranks > 0 ? ", clusters of " + std::to_string(ranks) : "");
 }
 
 }  // namespace attnsieve::cuda

@@ -20,9 +20,13 @@ struct DecodePlan {
   int items_per_row = 0;
   int items_per_batch = 0;
   int items = 0;
+  // An item has a chunk for every chunk_keys of its keys or a part of them, all as long as each other
+  // but for one chunk_unit.
   int chunk_keys = 0;
+  int chunk_unit = 0;
   int max_chunks = 0;  // of an item
-  bool clustered = false;  // a cluster of CTAs an item instead (sm_90): no chunks, no workspace
+  // CTAs of a cluster that has an item instead (sm_90): no chunks, no workspace. 0, 4 or 8.
+  int ranks = 0;
 
   std::string to_string() const;
 };

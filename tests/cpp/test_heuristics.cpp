@@ -338,7 +338,7 @@ void decode_plans() {
       problem.num_splits = splits;
       const cuda::DecodePlan plan = cuda::plan_decode(problem, {80, 108});
       check::context = std::to_string(splits) + " splits of " + plan.to_string();
-      CHECK(plan.chunk_keys > 0 && plan.chunk_keys % 16 == 0);
+      CHECK(plan.chunk_keys >= 16 && plan.chunk_unit % 16 == 0 && plan.chunk_unit > 0);
       CHECK(plan.max_chunks >= 1 && plan.max_chunks <= (splits > 0 ? splits : kMaxDecodeSplits));
       CHECK(int64_t{plan.chunk_keys} * plan.max_chunks >= keys);
       problem.batch = 64;
@@ -358,12 +358,15 @@ void decode_plans() {
             cuda::plan_decode(problem, {80, 108}).max_chunks >=
         100256);
   check::context = "clusters for short lists on Hopper, where the parts are not the caller's";
-  CHECK(!cuda::plan_decode(problem, {90, 132}).clustered);
+  CHECK(cuda::plan_decode(problem, {90, 132}).ranks == 0);
   problem.dense_begin = nullptr;
-  CHECK(cuda::plan_decode(problem, {90, 132}).clustered);
-  CHECK(!cuda::plan_decode(problem, {80, 108}).clustered);
+  problem.batch = 1;
+  CHECK(cuda::plan_decode(problem, {90, 132}).ranks == 8);
+  problem.batch = 64;
+  CHECK(cuda::plan_decode(problem, {90, 132}).ranks == 4);
+  CHECK(cuda::plan_decode(problem, {80, 108}).ranks == 0);
   problem.num_splits = 3;
-  CHECK(!cuda::plan_decode(problem, {90, 132}).clustered);
+  CHECK(cuda::plan_decode(problem, {90, 132}).ranks == 0);
   problem.num_splits = 0;
   problem.dense_begin = &begin;
   for (int64_t page_size : {int64_t{1} << 23, int64_t{1} << 31}) {

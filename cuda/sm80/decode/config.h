@@ -34,6 +34,10 @@ struct DecodeConfig {
   static constexpr int kChunkElements = 16 / static_cast<int>(sizeof(Stored));
   // Of lists; registers for a wider output leave room for fewer.
   static constexpr int kCtasPerSm = kHeadDim * kColumns > 1024 ? 2 : 3;
+  static constexpr int kQuads = kHeadDim / 4;  // of dimensions
+  static constexpr int kMergeTurns = kColumns * kQuads / kDecodeThreads;  // of all threads
+  // A CTA merges groups of chunks: a wider output leaves no registers for that.
+  static constexpr bool kMergesGroups = kMergeTurns <= 2;
   static constexpr int kRowChunks = kHeadDim / kChunkElements;  // of 16 bytes
 
   struct Stage {

@@ -1,17 +1,18 @@
 // Computes        out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h / G, j]) v[b, h / G, j]
 //                 over the cached keys j of an item's walk (walk.cuh) that row i sees;
 //                 lse[b, h, i] = ln sum_j exp(scale * q . k), the sink logit included.
-// Roles           An item is the query vectors that share a walk. Walks are cut into chunks of a fixed
-//                 number of slots; the chunks of all items, laid end to end, are dealt out evenly to
+// Roles           An item is the query vectors that share a walk. Walks are cut into chunks of about
+//                 as many slots; the chunks of all items, laid end to end, are dealt out evenly to
 //                 the CTAs. In a chunk the warps take tiles of 16 keys in turn, each with a
-//                 pipeline of its own.
+//                 pipeline of its own. A CTA that has all chunks of a group leaves one result for
+//                 them: what it writes costs the reads of keys far more than its bytes.
 // Shared memory   kDecodeStages tiles of K and V a warp; beside them the warps' results, then the
 //                 weights of chunks; the tasks of this item and of the next.
 // Pipeline        A warp waits for its own copies only. The first tiles of the next chunk are on
 //                 their way while this one's results are merged.
 // Invariants      A chunk's bounds depend on its own item and on capacities; chunks are merged in
-//                 their order by the CTA that arrives last: the same bits whatever else is in the
-//                 batch, and however many CTAs there are.
+//                 groups and in their order, whoever does it, the last by the CTA that arrives last:
+//                 the same bits whatever else is in the batch, and however many CTAs there are.
 // Not handled     head_dim beyond 128.
 #pragma once
 
@@ -33,6 +34,7 @@ struct DecodeStorage {
   int item;
   int chunk;
   bool last;
+  bool singles;  // no CTA has more than one chunk
 };
 
 // The first (item, chunk) of this CTA's share, and how many it has. Item counts differ by what only
@@ -60,6 +62,7 @@ __device__ int find_share(const DecodeArguments& a, DecodeStorage<Config>& smem)
   int total = part.all;
   for (int base = kDecodeThreads; base < items; base += kDecodeThreads) total += part_of(base).all;
   const int ctas = static_cast<int>(gridDim.x);
+  if (thread == 0) smem.singles = total <= ctas;
   const auto first_of = [&](unsigned cta) {
     return static_cast<int>(static_cast<uint64_t>(total) * cta / static_cast<unsigned>(ctas));
   };
@@ -93,12 +96,14 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm)
   int item = smem.item;
   int chunk = smem.chunk;
   int turn = 0;
+  int entered = chunk;  // first chunk of the item that is this CTA's
+  ChunkGroup<Config> group;
   if (threadIdx.x == 0) smem.tasks[0] = make_task<typename Config::Stored>(a, item);
   __syncthreads();
   DecodeWarp<Config> warp(a, smem.stages[warp_index]);
   const auto start = [&](const DecodeTask& task, int next_chunk) {
-    const int begin = next_chunk * a.plan.chunk_keys;
-    warp.start(task, begin, min(task.slots, begin + a.plan.chunk_keys));
+    warp.start(task, task.chunk_begin(a.plan, next_chunk),
+               task.chunk_begin(a.plan, next_chunk + 1));
   };
   start(smem.tasks[0], chunk);
   for (int i = 0; i < share; ++i) {
@@ -109,22 +114,40 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm)
     if (ends_item && i + 1 < share && threadIdx.x == 0) {
       smem.tasks[next_turn] = make_task<typename Config::Stored>(a, item + 1);
     }
-    warp.run();
-    publish(warp, smem.merges[warp_index]);
+    {
+      WarpResult<Config> result;
+      warp.run(result);
+      publish(result, smem.merges[warp_index]);
+    }
     __syncthreads();
     if (i + 1 < share) start(smem.tasks[next_turn], ends_item ? 0 : chunk + 1);
     const int64_t first_slot = static_cast<int64_t>(item) * a.plan.max_chunks;
-    merge_warps<Config>(a, task.item, first_slot + chunk, chunks == 1, smem.merges);
-    if (chunks > 1) {
-      __threadfence();
+    const int group_begin = chunk / kGroupChunks * kGroupChunks;
+    const int group_end = min(group_begin + kGroupChunks, chunks);
+    const bool grouped = Config::kMergesGroups && group_begin >= entered &&
+                         group_end <= chunk + share - i;  // all by this CTA
+    const bool whole = chunks == 1 || (grouped && group_end - group_begin == chunks);
+    if (grouped) {
+      if (chunk == group_begin) group.clear();
+      group.add(a, task.item, smem.merges);
+      if (chunk + 1 == group_end) {
+        group.store(a, task.item, whole, first_slot + group_begin, chunk - group_begin);
+      }
+    } else {
+      merge_warps<Config>(a, task.item, whole, first_slot + chunk, smem.merges);
+    }
+    const bool leaves_item = ends_item || i + 1 == share;
+    if (leaves_item && !whole) {
       __syncthreads();
       if (threadIdx.x == 0) {
-        smem.last = atomicAdd(a.arrivals + item, 1u) == static_cast<unsigned>(chunks) - 1;
+        const auto done = static_cast<unsigned>(chunk + 1 - entered);
+        __threadfence();
+        smem.last = atomicAdd(a.arrivals + item, done) + done == static_cast<unsigned>(chunks);
+        __threadfence();
       }
       __syncthreads();
       if (smem.last) {
-        __threadfence();
-        merge_chunks<Config>(a, task.item, first_slot, chunks, smem.weights);
+        merge_chunks<Config>(a, task.item, first_slot, chunks, smem.singles, smem.weights);
       }
     }
     __syncthreads();
@@ -132,6 +155,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeCtasPerSm)
     ++chunk;
     if (!ends_item) continue;
     chunk = 0;
+    entered = 0;
     ++item;
   }
 }

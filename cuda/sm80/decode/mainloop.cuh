@@ -18,6 +18,14 @@ __device__ __forceinline__ float logit_scale(const DecodeProblem& p, int kv_head
   return p.k_scale == nullptr ? p.softmax_scale : p.softmax_scale * p.k_scale[kv_head];
 }
 
+// Of the keys that a warp attended to.
+template <class Config>
+struct WarpResult {
+  float out[Config::kSteps][Config::kColumnTiles][4] =
+      {};  // [16 dimensions][8 columns], accumulators
+  OnlineSoftmax<2 * Config::kColumnTiles> softmax;  // columns 8 i + 2 (lane % 4), + 1
+};
+
 template <class Config>
 class DecodeWarp {
   using Element = typename Config::Element;
@@ -28,9 +36,6 @@ class DecodeWarp {
   static constexpr int kStride = kDecodeWarps * kTileKeys;
 
  public:
-  float out[kSteps][kColumnTiles][4];  // [16 dimensions][8 columns] as MMA accumulators
-  OnlineSoftmax<2 * kColumnTiles> softmax;  // columns 8 i + 2 (lane % 4), + 1
-
   __device__ DecodeWarp(const DecodeArguments& a, typename Config::Stages& smem)
       : a_(a), smem_(smem), lane_(static_cast<int>(threadIdx.x) % kWarpThreads) {}
 
@@ -50,21 +55,12 @@ class DecodeWarp {
   }
 
   // Attends to the slots that were started.
-  __device__ void run() {
-    softmax = OnlineSoftmax<2 * kColumnTiles>();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-      for (int tile = 0; tile < kColumnTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[step][tile][i] = 0.0f;
-      }
-    }
+  __device__ void run(WarpResult<Config>& result) {
     int stage = 0;
     for (int slot = begin_; slot < end_; slot += kStride) {
       cp_async_wait<kDecodeStages - 1>();
       __syncwarp();
-      attend(smem_.stage[stage]);
+      attend(smem_.stage[stage], result);
       __syncwarp();
       load(smem_.stage[stage], next_);
       next_ = place_in(slot + 3 * kStride);
@@ -147,7 +143,8 @@ class DecodeWarp {
     cp_async_commit();
   }
 
-  __device__ void attend(Stage& stage) {
+  __device__ void attend(Stage& stage, WarpResult<Config>& result) {
+    auto& [out, softmax] = result;
     float scores[kColumnTiles][4] = {};  // rows lane / 4 and + 8, columns as in `softmax`
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -170,7 +167,7 @@ class DecodeWarp {
         if (!sees) scores[tile][i] = negative_infinity();
       }
     }
-    rescale(scores);
+    rescale(scores, result);
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
 #pragma unroll
@@ -182,7 +179,7 @@ class DecodeWarp {
         softmax.row_sum[column] += scores[tile][i];
       }
     }
-    if (__any_sync(0xffffffffu, mixed)) isolate(stage, scores);
+    if (__any_sync(0xffffffffu, mixed)) isolate(stage, scores, result);
     uint32_t weights[kColumnTiles][2];
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile) {
@@ -206,7 +203,8 @@ class DecodeWarp {
 
   // Takes new maxima into the state where a score leaves the old one too far behind. Each column for
   // itself: what one sees does not change another's bits.
-  __device__ void rescale(const float (&scores)[kColumnTiles][4]) {
+  __device__ void rescale(const float (&scores)[kColumnTiles][4], WarpResult<Config>& result) {
+    auto& [out, softmax] = result;
     bool behind = false;
     float maxima[2 * kColumnTiles];
 #pragma unroll
@@ -238,7 +236,8 @@ class DecodeWarp {
 
   // 0 * NaN would carry a value that is not finite into columns that do not see its key: such values
   // are added to those that do, and are zero for the MMA.
-  __device__ void isolate(Stage& stage, const float (&weights)[kColumnTiles][4]) {
+  __device__ void isolate(Stage& stage, const float (&weights)[kColumnTiles][4],
+                          WarpResult<Config>& result) {
     auto* const scratch = reinterpret_cast<float*>(stage.k);  // [16 keys][columns]; K was used
     static_assert(sizeof(stage.k) >= kTileKeys * Config::kColumns * sizeof(float));
     __syncwarp();
@@ -266,7 +265,7 @@ class DecodeWarp {
         for (int column = 0; column < 2 * kColumnTiles; ++column) {
           if (position > limit_[column]) continue;
           const float weight = scratch[key * Config::kColumns + column_of(column / 2, column % 2)];
-          out[i / 2][column / 2][i % 2 * 2 + column % 2] += weight * value;
+          result.out[i / 2][column / 2][i % 2 * 2 + column % 2] += weight * value;
         }
       }
     }

@@ -19,20 +19,28 @@ __device__ __forceinline__ void add_scaled(float4& sum, float weight, const floa
   sum.w = fmaf(weight, x.w, sum.w);
 }
 
+__device__ __forceinline__ void keep_and_add(float4& sum, float keep, float weight,
+                                             const float4& x) {
+  sum.x = fmaf(weight, x.x, keep * sum.x);
+  sum.y = fmaf(weight, x.y, keep * sum.y);
+  sum.z = fmaf(weight, x.z, keep * sum.z);
+  sum.w = fmaf(weight, x.w, keep * sum.w);
+}
+
 // Leaves a warp's result in shared memory.
 template <class Config>
-__device__ void publish(const DecodeWarp<Config>& warp, typename Config::Merge& merge) {
+__device__ void publish(const WarpResult<Config>& result, typename Config::Merge& merge) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kColumnTiles; ++i) {
-    float sum = warp.softmax.row_sum[i];
+    float sum = result.softmax.row_sum[i];
 #pragma unroll
     for (int distance = 4; distance < kWarpThreads; distance *= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     }
     const int column = i / 2 * kTileColumns + lane % 4 * 2 + i % 2;
     if (lane < 4) {
-      merge.max[column] = warp.softmax.row_max[i];
+      merge.max[column] = result.softmax.row_max[i];
       merge.sum[column] = sum;
     }
 #pragma unroll
@@ -40,7 +48,7 @@ __device__ void publish(const DecodeWarp<Config>& warp, typename Config::Merge& 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         merge.out[column][Config::out_dim(step, half, lane / 4)] =
-            warp.out[step][i / 2][half * 2 + i % 2];
+            result.out[step][i / 2][half * 2 + i % 2];
       }
     }
   }
@@ -98,36 +106,105 @@ __device__ __forceinline__ float4 merge_column(const typename Config::Merge* mer
   return value;
 }
 
-// f(column, dim, four dimensions, max, sum) for all columns of the chunk that the warps published.
+template <class Config>
+__device__ __forceinline__ void store_part(const DecodeArguments& a, const DecodeItem& item,
+                                           bool whole, int64_t slot, int column, int dim,
+                                           const float4& value, float max, float sum) {
+  if (whole) {
+    store_column<typename Config::Element>(a.problem, item, column, dim, value, max, sum);
+    return;
+  }
+  const int64_t place = slot * a.plan.columns + column;
+  *reinterpret_cast<float4*>(a.partial_out + place * Config::kHeadDim + dim) = value;
+  if (dim == 0) a.partial_state[place] = make_float2(max, sum);
+}
+
+// f(turn, column, dim, four dimensions, max, sum) for this thread's quads of dimensions of all columns
+// of the chunk that the warps published.
 template <class Config, class F>
 __device__ __forceinline__ void for_each_merged(const DecodeArguments& a, const DecodeItem& item,
                                                 const typename Config::Merge* merges, F&& f) {
-  constexpr int kQuads = Config::kHeadDim / 4;  // of dimensions
   const float scale_log2 = logit_scale(a.problem, item.kv_head) * kLog2e;
-  for (int i = threadIdx.x; i < item.columns * kQuads; i += kDecodeThreads) {
-    const int column = i / kQuads;
-    const int dim = i % kQuads * 4;
+#pragma unroll(Config::kMergesGroups ? Config::kMergeTurns : 1)
+  for (int turn = 0; turn < Config::kMergeTurns; ++turn) {
+    const int i = turn * kDecodeThreads + static_cast<int>(threadIdx.x);
+    const int column = i / Config::kQuads;
+    if (column >= item.columns) break;
+    const int dim = i % Config::kQuads * 4;
     float max;
     float sum;
     const float4 value = merge_column<Config>(merges, column, dim, scale_log2, max, sum);
-    f(column, dim, value, max, sum);
+    f(turn, column, dim, value, max, sum);
   }
 }
 
-// To the output where the item has no other chunk, else to the chunk's place in the workspace.
+// Chunks of an item are merged in groups of as many in their order, then groups: the same bits
+// whether one CTA had all of a group and left one result for it, or several left one for a chunk.
+inline constexpr int kGroupChunks = 8;
+
+// Of a chunk that another's result includes.
+__device__ __forceinline__ float2 no_state() { return make_float2(negative_infinity(), 0.0f); }
+
+// The chunks of a group so far, this thread's quads of dimensions of all columns.
 template <class Config>
-__device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item, int64_t slot,
-                            bool whole, const typename Config::Merge* merges) {
-  for_each_merged<Config>(
-      a, item, merges, [&](int column, int dim, const float4& value, float max, float sum) {
-        if (whole) {
-          store_column<typename Config::Element>(a.problem, item, column, dim, value, max, sum);
-          return;
-        }
-        const int64_t place = slot * a.plan.columns + column;
-        *reinterpret_cast<float4*>(a.partial_out + place * Config::kHeadDim + dim) = value;
-        if (dim == 0) a.partial_state[place] = make_float2(max, sum);
-      });
+class ChunkGroup {
+ public:
+  __device__ void clear() {
+#pragma unroll
+    for (int turn = 0; turn < Config::kMergeTurns; ++turn) {
+      value_[turn] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      max_[turn] = negative_infinity();
+      sum_[turn] = 0.0f;
+    }
+  }
+
+  __device__ void add(const DecodeArguments& a, const DecodeItem& item,
+                      const typename Config::Merge* merges) {
+    const float scale_log2 = logit_scale(a.problem, item.kv_head) * kLog2e;
+    for_each_merged<Config>(a, item, merges,
+                            [&](int turn, int, int, const float4& value, float max, float sum) {
+                              if (max == negative_infinity()) return;
+                              const float new_max = max_nan(max_[turn], max);
+                              const float keep = part_weight(max_[turn], new_max, scale_log2);
+                              const float weight = part_weight(max, new_max, scale_log2);
+                              max_[turn] = new_max;
+                              sum_[turn] = fmaf(weight, sum, keep * sum_[turn]);
+                              keep_and_add(value_[turn], keep, weight, value);
+                            });
+  }
+
+  // To the output where these are all keys of the item, else to `slot` of the workspace; the `others`
+  // slots behind it are not read.
+  __device__ void store(const DecodeArguments& a, const DecodeItem& item, bool whole, int64_t slot,
+                        int others) const {
+#pragma unroll
+    for (int turn = 0; turn < Config::kMergeTurns; ++turn) {
+      const int i = turn * kDecodeThreads + static_cast<int>(threadIdx.x);
+      const int column = i / Config::kQuads;
+      if (column >= item.columns) break;
+      const int dim = i % Config::kQuads * 4;
+      store_part<Config>(a, item, whole, slot, column, dim, value_[turn], max_[turn], sum_[turn]);
+    }
+    if (whole) return;
+    for (int i = threadIdx.x; i < others * a.plan.columns; i += kDecodeThreads) {
+      a.partial_state[(slot + 1) * a.plan.columns + i] = no_state();
+    }
+  }
+
+ private:
+  float4 value_[Config::kMergeTurns];
+  float max_[Config::kMergeTurns];
+  float sum_[Config::kMergeTurns];
+};
+
+// To the output where the item has no other chunk, else to the chunk's slot of the workspace.
+template <class Config>
+__device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item, bool whole,
+                            int64_t slot, const typename Config::Merge* merges) {
+  for_each_merged<Config>(a, item, merges,
+                          [&](int, int column, int dim, const float4& value, float max, float sum) {
+                            store_part<Config>(a, item, whole, slot, column, dim, value, max, sum);
+                          });
 }
 
 // To shared memory.
@@ -135,7 +212,7 @@ template <class Config>
 __device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item,
                             const typename Config::Merge* merges, PartResult<Config>& part) {
   for_each_merged<Config>(a, item, merges,
-                          [&](int column, int dim, const float4& value, float max, float sum) {
+                          [&](int, int column, int dim, const float4& value, float max, float sum) {
                             *reinterpret_cast<float4*>(part.out[column] + dim) = value;
                             if (dim > 0) return;
                             part.max[column] = max;
@@ -146,44 +223,74 @@ __device__ void merge_warps(const DecodeArguments& a, const DecodeItem& item,
 // What the weights of an item's chunks need of shared memory.
 template <class Config>
 struct ChunkWeights {
-  float weight[Config::kColumns][kMaxDecodeSplits];
+  static constexpr int kGroups = kMaxDecodeSplits / kGroupChunks;
+  // Of a chunk in its group: what those before it keep, and its own; negative if it is not there.
+  float2 chunk[Config::kColumns][kMaxDecodeSplits];
+  float group[Config::kColumns][kGroups];
   float max[Config::kColumns];
   float sum[Config::kColumns];
 };
 
-// Weights of the chunks of every column, a warp a column.
+// Weights of the chunks of every column, a warp a column and eight lanes a group.
 template <class Config>
 __device__ void weigh_chunks(const DecodeArguments& a, const DecodeItem& item, int64_t first_slot,
                              int chunks, ChunkWeights<Config>& smem) {
+  static_assert(kGroupChunks == 8);
   const float scale_log2 = logit_scale(a.problem, item.kv_head) * kLog2e;
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   constexpr int kPerLane = kMaxDecodeSplits / kWarpThreads;
   for (int column = warp; column < item.columns; column += kDecodeWarps) {
-    float2 state[kPerLane];
+    float group_max[kPerLane];
+    float group_sum[kPerLane];
     float max = negative_infinity();
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int chunk = i * kWarpThreads + lane;
-      state[i] = make_float2(negative_infinity(), 0.0f);
+      group_max[i] = negative_infinity();
+      group_sum[i] = 0.0f;
+      if (i * kWarpThreads >= chunks) continue;
+      float2 state = no_state();
       if (chunk < chunks) {
-        state[i] = __ldcg(a.partial_state + (first_slot + chunk) * a.plan.columns + column);
+        state = __ldcg(a.partial_state + (first_slot + chunk) * a.plan.columns + column);
       }
-      max = max_nan(max, state[i].x);
+      float until = state.x;  // the maximum of the group's chunks up to this one
+#pragma unroll
+      for (int distance = 1; distance < kGroupChunks; distance *= 2) {
+        const float before = __shfl_up_sync(0xffffffffu, until, distance, kGroupChunks);
+        if (lane % kGroupChunks >= distance) until = max_nan(until, before);
+      }
+      float before = __shfl_up_sync(0xffffffffu, until, 1, kGroupChunks);
+      if (lane % kGroupChunks == 0) before = negative_infinity();
+      const float keep = part_weight(before, until, scale_log2);
+      const float weight = part_weight(state.x, until, scale_log2);
+      const bool exists = state.x != negative_infinity();
+      smem.chunk[column][chunk] = make_float2(keep, exists ? weight : -1.0f);
+#pragma unroll
+      for (int j = 0; j < kGroupChunks; ++j) {
+        const float kept = __shfl_sync(0xffffffffu, keep, j, kGroupChunks) * group_sum[i];
+        const float sum = fmaf(__shfl_sync(0xffffffffu, weight, j, kGroupChunks),
+                               __shfl_sync(0xffffffffu, state.y, j, kGroupChunks), kept);
+        if (__shfl_sync(0xffffffffu, exists, j, kGroupChunks)) group_sum[i] = sum;
+      }
+      group_max[i] = __shfl_sync(0xffffffffu, until, kGroupChunks - 1, kGroupChunks);
+      max = max_nan(max, group_max[i]);
     }
 #pragma unroll
-    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+    for (int distance = kGroupChunks; distance < kWarpThreads; distance *= 2) {
       max = max_nan(max, __shfl_xor_sync(0xffffffffu, max, distance));
     }
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const float weight = part_weight(state[i].x, max, scale_log2);
-      smem.weight[column][i * kWarpThreads + lane] = weight;
-      sum += weight * state[i].y;
+      const float weight = part_weight(group_max[i], max, scale_log2);
+      if (lane % kGroupChunks == 0) {
+        smem.group[column][(i * kWarpThreads + lane) / kGroupChunks] = weight;
+      }
+      sum += weight * group_sum[i];
     }
 #pragma unroll
-    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+    for (int distance = kGroupChunks; distance < kWarpThreads; distance *= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     }
     if (lane == 0) {
@@ -193,39 +300,46 @@ __device__ void weigh_chunks(const DecodeArguments& a, const DecodeItem& item, i
   }
 }
 
-// The chunks' results of an item, in their order whoever computed them. Many loads are under way
-// before the weights are known: this is the tail of the kernel.
+// The results of an item's chunks, in their order whoever computed them. `all_exist`: no result
+// stands for a group, and loads are under way before the weights are known: this is the tail of
+// the kernel.
 template <class Config>
 __device__ void merge_chunks(const DecodeArguments& a, const DecodeItem& item, int64_t first_slot,
-                             int chunks, ChunkWeights<Config>& smem) {
-  constexpr int kQuads = Config::kHeadDim / 4;
-  constexpr int kAhead = 16;
-  const int quads = item.columns * kQuads;
-  const int64_t stride = static_cast<int64_t>(a.plan.columns) * kQuads;
+                             int chunks, bool all_exist, ChunkWeights<Config>& smem) {
+  const int quads = item.columns * Config::kQuads;
+  const int64_t stride = static_cast<int64_t>(a.plan.columns) * Config::kQuads;
   const auto* partials = reinterpret_cast<const float4*>(a.partial_out) + first_slot * stride;
-  float4 ahead[kAhead];
-  const auto fetch = [&](int i, int chunk) {
+  float4 ahead[kGroupChunks];
+  const auto fetch = [&](int i, int first, auto&& exists) {
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
+    for (int j = 0; j < kGroupChunks; ++j) {
       ahead[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (i < quads && chunk + j < chunks) ahead[j] = __ldcg(partials + (chunk + j) * stride + i);
+      if (i < quads && first + j < chunks && exists(first + j)) {
+        ahead[j] = __ldcg(partials + (first + j) * stride + i);
+      }
     }
   };
   int i = static_cast<int>(threadIdx.x);
-  fetch(i, 0);
+  if (all_exist) fetch(i, 0, [](int) { return true; });
   weigh_chunks<Config>(a, item, first_slot, chunks, smem);
   __syncthreads();
   for (; i < quads; i += kDecodeThreads) {
-    const int column = i / kQuads;
+    const int column = i / Config::kQuads;
     float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int chunk = 0; chunk < chunks; chunk += kAhead) {
-      if (chunk > 0 || i >= kDecodeThreads) fetch(i, chunk);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (chunk + j < chunks) add_scaled(value, smem.weight[column][chunk + j], ahead[j]);
+    for (int first = 0; first < chunks; first += kGroupChunks) {
+      if (!all_exist || first > 0 || i >= kDecodeThreads) {
+        fetch(i, first, [&](int chunk) { return !(smem.chunk[column][chunk].y < 0.0f); });
       }
+      float4 group = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+      for (int j = 0; j < kGroupChunks; ++j) {
+        if (first + j >= chunks) continue;
+        const float2 weight = smem.chunk[column][first + j];
+        if (!(weight.y < 0.0f)) keep_and_add(group, weight.x, weight.y, ahead[j]);
+      }
+      add_scaled(value, smem.group[column][first / kGroupChunks], group);
     }
-    store_column<typename Config::Element>(a.problem, item, column, i % kQuads * 4, value,
+    store_column<typename Config::Element>(a.problem, item, column, i % Config::kQuads * 4, value,
                                            smem.max[column], smem.sum[column]);
   }
 }

@@ -65,6 +65,14 @@ struct DecodeTask {
     // At least one: an item without keys has a result as well.
     return max(1, (slots + plan.chunk_keys - 1) / plan.chunk_keys);
   }
+  // First slot of a chunk, or the end of the last. Chunks differ by a unit at most, wherever in the
+  // walk: any run of them is as long as another.
+  __device__ int chunk_begin(const cuda::DecodePlan& plan, int chunk) const {
+    const int units = (slots + plan.chunk_unit - 1) / plan.chunk_unit;
+    const auto before = static_cast<uint64_t>(units) * static_cast<unsigned>(chunk);
+    return min(slots,
+               static_cast<int>(before / static_cast<unsigned>(chunks(plan))) * plan.chunk_unit);
+  }
 };
 
 template <class Stored>

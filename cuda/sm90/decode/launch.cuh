@@ -12,9 +12,9 @@ struct DecodeListKernel {
   using Storage = ClusterDecodeStorage<sm80::DecodeConfig<Types, kHeadDim, kColumnTiles>>;
 
   static void run(const DecodeArguments& arguments, void* stream) {
-    launch<decode_list_kernel<Types, kHeadDim, kColumnTiles>>(
-        "decode", int64_t{arguments.plan.items} * kDecodeRanks, sm80::kDecodeThreads,
-        sizeof(Storage), stream, arguments);
+    launch_clusters<decode_list_kernel<Types, kHeadDim, kColumnTiles>>(
+        "decode", arguments.plan.items, arguments.plan.ranks, sm80::kDecodeThreads, sizeof(Storage),
+        stream, arguments);
   }
 
   static KernelEntry entry(const char* name) {
