@@ -274,3 +274,16 @@ def every_backend(make: Callable[[str], list[Case]]) -> list:
 def on(backend: str) -> dict:
     """The fields of a Case that say where it runs."""
     return dict(device=device_of(backend), backend=backend)
+
+
+def capture(run, *arguments):
+    """run(*arguments) as a CUDA graph, and the results that its replays write."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(*arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run(*arguments)
+    return graph, result

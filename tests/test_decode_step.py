@@ -7,7 +7,7 @@ import torch
 
 import attnsieve
 from attnsieve import reference_decode
-from cases import randn
+from cases import capture, randn
 from layouts import deal_pages, fill_pages
 from numerics import assert_bitwise
 
@@ -106,14 +106,7 @@ def test_step_equals_the_oracles(device, lengths):
 @pytest.mark.usefixtures("cuda_backend")
 def test_graph_replay_with_new_lengths_tables_and_contents():
     static = step_of(LENGTHS[0], 1, "cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run(static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run(static)
+    graph, result = capture(run, static)
     for seed, lengths in enumerate(LENGTHS, 5):
         fresh = step_of(lengths, seed, "cuda")
         for to, x in zip(static.tensors(), fresh.tensors(), strict=True):

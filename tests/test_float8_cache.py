@@ -9,7 +9,7 @@ import torch
 import attnsieve
 from attnsieve import CachedKV, PagedKVCache
 from attnsieve.methods import Delta, DenseDecode, Quest, Recycled, TidalDecode, TokenSelect
-from cases import pairwise, randn
+from cases import capture, pairwise, randn
 from numerics import assert_attention_close, assert_bitwise, pytorch_same_dtype
 from topk_rules import expected_lists, expected_lse, paged, seen_pairs
 
@@ -224,11 +224,7 @@ def test_a_step_in_a_cuda_graph(score):
         )
 
     cache.extend(1)
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = capture(step)
     for n in (6, 7, 8):
         cache.extend(1)
         for x, shape in zip((q, k, v), sizes, strict=True):

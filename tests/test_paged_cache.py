@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import attnsieve
 from attnsieve import PagedKVCache
-from cases import randn
+from cases import capture, randn
 from layouts import page_bounds
 from numerics import assert_bitwise
 
@@ -233,11 +233,7 @@ def test_a_step_in_a_cuda_graph(cuda_backend):
         )
 
     cache.extend(1)
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = capture(step)
     for n in (1, 7, 20):
         news = [randn(shape, dtype, "cuda", 10 * n + i) for i, shape in enumerate(shapes)]
         before = torch.cuda.get_sync_debug_mode()

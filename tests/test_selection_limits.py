@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attnsieve
-from cases import BAD_IDS, randn
+from cases import BAD_IDS, capture, randn
 from numerics import assert_bitwise
 from token_lists import INF, NAN, OnDevice, by_stable_sort, lists_of, scores_of
 
@@ -207,14 +207,7 @@ def test_graph_replay_with_new_scores_lengths_and_tables(cuda_backend, columns):
         above, passed = attnsieve.select_threshold(scores, 1.5, 500, seq_lens=lens, **where)
         return index.indices, index.counts, above.indices, above.counts, passed
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     lengths = (columns, 0, 499, 501), (1, columns - 1, -5, columns + 5), (4097, 31, 2000, columns)
     for turn, own in enumerate(lengths):
         lens.copy_(torch.tensor(own))

@@ -8,7 +8,7 @@ import torch
 
 import attnsieve
 from attnsieve import BlockIndex
-from cases import Case, build, randn, random_index
+from cases import Case, build, capture, randn, random_index
 from layouts import build_layout
 from numerics import assert_bitwise, check_against_oracle
 
@@ -142,22 +142,10 @@ def _refill(static, seed):
     return fresh
 
 
-def _capture(op, problem):
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        op(problem)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = op(problem)
-    return graph, result
-
-
 @pytest.mark.parametrize("op", OPS, ids=lambda f: f.__name__)
 def test_graph_replay_with_new_values_and_new_lists(op):
     static = problem_of(1)
-    graph, result = _capture(op, static)
+    graph, result = capture(op, static)
     for seed in (1, 2, 3):
         fresh = _refill(static, seed)
         graph.replay()
@@ -167,7 +155,7 @@ def test_graph_replay_with_new_values_and_new_lists(op):
 
 def test_graph_replay_with_emptied_lists():
     static = problem_of(1)
-    graph, (out, lse) = _capture(attend, static)
+    graph, (out, lse) = capture(attend, static)
     static.index.counts.zero_()
     graph.replay()
     torch.cuda.synchronize()
@@ -181,7 +169,7 @@ def test_more_work_items_than_the_gpu_holds(density):
     problem = build(case)
     check_against_oracle(attnsieve.block_sparse_attention, problem, f"{case!r}")
     expected = attend(problem)
-    graph, result = _capture(attend, problem)
+    graph, result = capture(attend, problem)
     for turn in range(3):
         for x in result:
             x.fill_(7)
@@ -192,7 +180,7 @@ def test_more_work_items_than_the_gpu_holds(density):
 
 def test_two_graphs_interleaved():
     first, second = problem_of(1), problem_of(2)
-    graphs = [_capture(walk, p) for p in (first, second)]
+    graphs = [capture(walk, p) for p in (first, second)]
     expected = [walk(p) for p in (first, second)]
     for turn in (0, 1, 1, 0, 1):
         graph, result = graphs[turn]
@@ -214,7 +202,7 @@ def test_varlen_capture_with_new_lengths():
             BlockIndex(index.counts, index.columns, 64, 64), cu_seqlens_q=cu, cu_seqlens_k=cu
         )
 
-    graph, result = _capture(op, cu)
+    graph, result = capture(op, cu)
     for middle in (1, 64, 333):
         cu.copy_(torch.tensor([0, middle, 400]))
         graph.replay()
@@ -237,7 +225,7 @@ def _tensors(problem):
 def test_paged_capture_with_new_tables_and_lengths(op, density, page_size):
     case = Case("cuda", 300, 500, density=density, **(PAGED | dict(page_size=page_size)))
     static = build_layout(case)
-    graph, result = _capture(op, static)
+    graph, result = capture(op, static)
     for seed in (1, 2, 3):
         fresh = build_layout(dataclasses.replace(case, seed=seed))
         for to, x in zip(_tensors(static), _tensors(fresh), strict=True):
@@ -299,7 +287,7 @@ def _decoding_step(k, v, k_cache, v_cache, bounds, table, seq_lens, q):
 
 def test_cache_capture_with_new_lengths_tables_and_contents():
     static = _cache_tensors(0)
-    graph, result = _capture(lambda tensors: _decoding_step(*tensors), static)
+    graph, result = capture(_decoding_step, *static)
     for seed in (1, 2, 3):
         fresh = _cache_tensors(seed)
         for to, x in zip(static, fresh, strict=True):
