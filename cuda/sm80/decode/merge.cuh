@@ -320,6 +320,9 @@ __device__ void merge_chunks(const DecodeArguments& a, const DecodeItem& item, i
     }
   };
   int i = static_cast<int>(threadIdx.x);
+  // Read anew: what follows from these would be computed before the loop over chunks, and hold
+  // registers throughout.
+  asm volatile("" : "+r"(i), "+r"(chunks), "+l"(first_slot));
   if (all_exist) fetch(i, 0, [](int) { return true; });
   weigh_chunks<Config>(a, item, first_slot, chunks, smem);
   __syncthreads();
