@@ -61,8 +61,6 @@ DECODE_OPS = {
     ),
 }
 DECODE_TOOLS = ("memcheck", "racecheck")
-# What racecheck gets through in that time: it follows every access to shared memory.
-FEWER_FOR_RACECHECK = {"decode": "cuda and (slots or memory_safe)"}
 OWN_KERNELS = ["--kernel-name", "kernel_substring=attnsieve"]  # torch's are not ours to check
 TIMEOUT_S = 500
 
@@ -152,8 +150,6 @@ def sanitizers(binary: Path, workers: int) -> list[dict]:
     jobs.append(partial(sanitized_tests, "memcheck", "selection and empty tests", PYTHON_OPS))
     for op, (file, chosen) in DECODE_OPS.items():
         for tool in DECODE_TOOLS:
-            if tool == "racecheck":
-                chosen = FEWER_FOR_RACECHECK.get(op, chosen)
             tests = [file, "-k", chosen]
             jobs.append(partial(sanitized_tests, tool, f"{op} tests", tests, OWN_KERNELS))
     with ThreadPoolExecutor(workers) as pool:
