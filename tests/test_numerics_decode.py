@@ -180,11 +180,12 @@ def test_splits_merge_to_the_whole(op, capacity):
 
 
 @pytest.mark.parametrize("k_tokens", [None, 300])
-def test_the_size_of_the_batch_does_not_matter(op, k_tokens):
+@pytest.mark.parametrize("heads, dim", [(8, 64), (16, 128), (32, 128)])
+def test_the_size_of_the_batch_does_not_matter(op, heads, dim, k_tokens):
     """On a GPU it decides which parts of a sequence one CTA merges, and how large clusters are."""
     batch, length = 48, 4096
-    q = randn((batch, 8, 1, 64), op.dtype)
-    k, v = (randn((batch, 2, length, 64), op.dtype, seed=s) for s in (1, 2))
+    q = randn((batch, heads, 1, dim), op.dtype)
+    k, v = (randn((batch, 2, length, dim), op.dtype, seed=s) for s in (1, 2))
     lengths = [length if b % 3 else (b * 977) % length for b in range(batch)]
     lens = torch.tensor(lengths, dtype=torch.int32)
     index = None
