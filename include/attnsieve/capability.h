@@ -59,6 +59,9 @@ inline const std::vector<Capability>& capabilities() {
   static const char* const kDecodeFeatures =
       "everything, TokenIndex (tokens, pages, slots), dense range, 1 to 8 rows, GQA, paged (any "
       "page_size), float8_e4m3 cache, lse, sink";
+  static const char* const kThresholdDecodeFeatures =
+      "lambda per sequence or query head, splits, counters, 1 to 8 rows, GQA, contiguous, paged (any "
+      "page_size), float8_e4m3 cache, lse, sink";
   static const char* const kDecodeClusterFeatures =
       "lists of few keys by thread block clusters; the rest as sm_80";
   static const char* const kSelectFeatures =
@@ -110,6 +113,18 @@ inline const std::vector<Capability>& capabilities() {
        {64, 128},
        128,
        kDecodeClusterFeatures},
+      {"threshold_decode",
+       Backend::kCpu,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       kThresholdDecodeFeatures},
+      {"threshold_decode",
+       Backend::kSm80,
+       {DType::kFloat16, DType::kBFloat16},
+       {64, 128},
+       128,
+       kThresholdDecodeFeatures},
       {"proxy_scores",
        Backend::kCpu,
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},

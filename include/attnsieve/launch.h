@@ -26,6 +26,7 @@ struct ParallelFor {
 namespace cpu {
 void attend(const AttendProblem& problem, const ParallelFor& parallel_for);
 void decode(const DecodeProblem& problem, const ParallelFor& parallel_for);
+void threshold_decode(const DecodeProblem& problem, const ParallelFor& parallel_for);
 void proxy_scores(const ProxyScoresProblem& problem, const ParallelFor& parallel_for);
 void append_kv(const AppendKvProblem& problem, const ParallelFor& parallel_for);
 void merge_states(const MergeProblem& problem, const ParallelFor& parallel_for);
@@ -41,6 +42,9 @@ void attend(const AttendProblem& problem, void* stream);
 // Device memory for the results of parts of a list.
 size_t decode_workspace_bytes(const DecodeProblem& problem);
 void decode(const DecodeProblem& problem, void* stream);
+// Device memory for the results of splits.
+size_t threshold_decode_workspace_bytes(const DecodeProblem& problem);
+void threshold_decode(const DecodeProblem& problem, void* stream);
 // Device memory that a softmax needs.
 size_t proxy_scores_workspace_bytes(const ProxyScoresProblem& problem);
 void proxy_scores(const ProxyScoresProblem& problem, void* stream);

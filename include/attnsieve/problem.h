@@ -37,6 +37,10 @@ struct PagedKv {
   int64_t capacity() const { return static_cast<int64_t>(max_pages) * page_size; }
 };
 
+// Most query vectors (heads x rows) that decide together in threshold_decode: groups are of
+// min(query heads of a KV head, kMaxDecodeGroup / rows) neighbouring heads, all rows of each.
+inline constexpr int kMaxDecodeGroup = 16;
+
 // Threshold skipping. Off when `enabled` is false; otherwise lambda is `per_head[b * stride_batch +
 // h * stride_head]` or, where per_head is nullptr, `value`.
 struct Threshold {
@@ -106,7 +110,10 @@ struct DecodeProblem {
   const float* v_scale = nullptr;
   // CUDA: parts of at most ceil(keys / num_splits) keys that a list is cut into; 0: the library
   // chooses. The CPU computes a list in one piece.
+  // threshold_decode: the number of visiting sequences, in [1, kMaxDecodeSplits] on every backend.
   int32_t num_splits = 0;
+  // threshold_decode alone, which takes no index. lambda belongs to a query head.
+  Threshold threshold;
   void* workspace = nullptr;  // CUDA: cuda::decode_workspace_bytes() of device memory
 };
 
