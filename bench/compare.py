@@ -1,7 +1,8 @@
 """Times our ops beside the peers: same tensors, same process, interleaved where it matters.
 
 Usage: python bench/compare.py SUITE [SUITE ...] [--out DIR] [--quick] [--only TEXT]
-Suites: dense, sparse, sparse-long, gqa, select, overhead, decode, sparse-decode, topk, quest (GPU);
+Suites: dense, sparse, sparse-long, gqa, select, overhead, decode, sparse-decode, topk, quest,
+threshold, threshold-decode (GPU);
 cpu, cpu-overhead, cpu-decode (CPU).
 
 Writes DIR/<suite>.json (default bench/results/<gpu or cpu>) after every case; with --only the other
@@ -24,6 +25,7 @@ import torch
 
 import attnsieve
 import cases_decode
+import cases_threshold
 import peers
 import results
 from measure import (
@@ -354,6 +356,8 @@ SUITES = {
     "sparse-decode": ("cuda", cases_decode.sparse_decode),
     "topk": ("cuda", cases_decode.topk),
     "quest": ("cuda", cases_decode.quest),
+    "threshold": ("cuda", cases_threshold.threshold),
+    "threshold-decode": ("cuda", cases_threshold.threshold_decode),
     "cpu": ("cpu", cpu),
     "cpu-decode": ("cpu", cases_decode.cpu_decode),
     "cpu-overhead": ("cpu", lambda choice: overhead(choice, "cpu")),

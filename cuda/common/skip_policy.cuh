@@ -9,14 +9,22 @@
 
 namespace attnsieve {
 
+// Whether a row keeps a tile from being skipped. A row that sees nothing in the tile never does; a NaN
+// always does; lambda = 0, and one that is no number, keeps everything. Maxima are unscaled logits.
+__device__ __forceinline__ bool row_vetoes(float tile_max, float running_max, float scale_log2,
+                                           float log2_lambda) {
+  const bool below = (tile_max - running_max) * scale_log2 < log2_lambda;
+  const bool nothing = tile_max == negative_infinity() && log2_lambda > negative_infinity();
+  return !(below || nothing);
+}
+
 struct NoSkip {
   static constexpr bool kVotes = false;
   static constexpr int kUnitsPerTile = 1;
   __device__ NoSkip(const AttendProblem&, int /*batch*/, int /*head*/) {}
 };
 
-// Skip a tile iff for every row m_tile - m_run < ln(lambda) (BLASST). Row maxima are unscaled
-// logits.
+// Skip a tile iff for every row m_tile - m_run < ln(lambda) (BLASST).
 class ThresholdSkip {
  public:
   static constexpr bool kVotes = true;
@@ -31,16 +39,20 @@ class ThresholdSkip {
     counters_ = t.counters == nullptr ? nullptr : t.counters + (batch * p.num_heads + head) * 2;
   }
 
-  // A row that sees nothing in the tile never vetoes; a NaN always does. lambda = 0 keeps
-  // everything.
-  __device__ bool row_vetoes(float tile_max, float running_max) const {
-    if (tile_max == negative_infinity()) return log2_lambda_ == negative_infinity();
-    return !((tile_max - running_max) * scale_log2_ < log2_lambda_);
+  // The same rule for scores: one keeps the tile if it is not below fmaxf(running maximum + offset(),
+  // lowest_limit()).
+  __device__ float offset() const { return log2_lambda_ / scale_log2_; }
+  __device__ float lowest_limit() const {
+    return log2_lambda_ > negative_infinity() ? -3.402823466e38f : negative_infinity();
   }
 
-  __device__ void count(bool kept) {
-    ++total_;
-    skipped_ += kept ? 0 : 1;
+  __device__ bool row_vetoes(float tile_max, float running_max) const {
+    return attnsieve::row_vetoes(tile_max, running_max, scale_log2_, log2_lambda_);
+  }
+
+  __device__ void count(int skipped, int total) {
+    skipped_ += skipped;
+    total_ += total;
   }
 
   // Called by one thread of the group.

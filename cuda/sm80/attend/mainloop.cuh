@@ -89,7 +89,7 @@ class AttendMainloop {
       if constexpr (SkipPolicy::kVotes) {
         const bool veto = first_tile || vote(policy, step_max, steps, softmax);
         kept = __syncthreads_or(veto);  // also: every warp is done with this tile's K
-        policy.count(kept);
+        policy.count(kept ? 0 : 1, 1);
         if (kept) load_v(steps, keys);
         next_steps = start_k(iterator, next_keys);
         if (kept) {

@@ -94,9 +94,9 @@ class TileComposer {
 
   // Fills a stage that is free, this lane's piece among the others.
   template <Operand kOperand>
-  __device__ void fill(int kv_head, const Coordinates& from, int key, int flags, int stage) const {
+  __device__ void fill(int kv_head, const Coordinates& from, int key, int flags, int stage,
+                       TransactionBarrier& full) const {
     constexpr bool kKeys = kOperand == Operand::kKeys;
-    TransactionBarrier& full = kKeys ? smem_.k_full[stage] : smem_.v_full[stage];
     Element* const tile = (kKeys ? smem_.k : smem_.v) + stage * Config::kTileElements;
     record(kKeys ? smem_.k_record[stage] : smem_.v_record[stage], key, flags);
     if (is_leader()) full.arrive_expect(Config::kTileBytes);

@@ -8,6 +8,7 @@
 #include <cute/tensor.hpp>
 
 #include "cuda/common/ptx_sm90.cuh"
+#include "cuda/common/skip_policy.cuh"
 #include "cuda/common/work_tile.cuh"
 #include "cuda/sm90/attend/arguments.h"
 
@@ -42,10 +43,11 @@ struct Work {
 // kWarpgroups_ consumer warpgroups of 64 rows; kTileN_ keys a tile; kStepKeys_ keys an
 // online-softmax step; stages of K, V and Q; CTAs an SM. An interleaved tile keeps the slices of 8
 // rows together, so that a box of any multiple of 8 rows is one bulk copy. A self-fed warpgroup has
-// no producer warps beside it: its first warp starts the copies.
+// no producer warps beside it: its first warp starts the copies. Voted: warpgroups may skip tiles,
+// and values that none of them wants are not copied.
 template <class Element_, int kHeadDim_, int kWarpgroups_, int kTileN_, int kStepKeys_,
           int kStagesK_, int kStagesV_, int kStagesQ_, int kCtasPerSm_, bool kInterleaved_,
-          bool kSelfFed_ = false>
+          bool kSelfFed_ = false, bool kVoted_ = false>
 struct AttendConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -60,6 +62,8 @@ struct AttendConfig {
   static constexpr int kCtasPerSm = kCtasPerSm_;
   static constexpr bool kInterleaved = kInterleaved_;
   static constexpr bool kSelfFed = kSelfFed_;
+  static constexpr bool kVoted = kVoted_;
+  using SkipPolicy = std::conditional_t<kVoted, ThresholdSkip, NoSkip>;
   static_assert(!kSelfFed || (kWarpgroups == 1 && kStagesK == 1 && kStagesV == 2 && kStagesQ == 1));
   static constexpr int kConsumerThreads = kWarpgroups * kWarpgroupThreads;
   static constexpr int kThreads = kConsumerThreads + (kSelfFed ? 0 : kWarpgroupThreads);
@@ -149,11 +153,17 @@ struct AttendConfig {
   static constexpr int kNoTile = 32;  // behind the last
 
   struct CheckRequest {
-    int stage;  // of V; negative: no more work
+    int stage;  // of V; kStagesV: no more work
+    int slot;  // of its full barrier
     uint32_t parity;
     int non_finite;  // the answer
   };
   static constexpr int kCheckSlots = 8;
+  // Voted: tiles whose votes and value barriers are kept apart, more than a warpgroup or a copying
+  // warp is ever ahead of another.
+  static constexpr int kVoteSlots = 8;
+  static_assert(!kVoted || (kStagesK < kVoteSlots / 2 && kVoteSlots % kStagesV == 0));
+  static constexpr int kValueSlots = kVoted ? kVoteSlots : kStagesV;
   static constexpr int kWorkSlots = 4;
   static constexpr int kIteratorBytes = 32;
   static_assert(kStagesV < kCheckSlots, "a request is answered before its slot comes round again");
@@ -163,7 +173,7 @@ struct AttendConfig {
     alignas(1024) Element k[kStagesK * kTileElements];
     alignas(1024) Element v[kStagesV * kTileElements];
     TransactionBarrier k_full[kStagesK], k_empty[kStagesK];
-    TransactionBarrier v_full[kStagesV], v_empty[kStagesV];
+    TransactionBarrier v_full[kValueSlots], v_empty[kStagesV];
     TransactionBarrier q_full[kStagesQ * kWarpgroups], q_empty[kStagesQ * kWarpgroups];
     TransactionBarrier work_full[kWorkSlots], work_empty[kWorkSlots];
     TransactionBarrier item_ending;
@@ -172,6 +182,7 @@ struct AttendConfig {
     TileRecord v_record[kStagesV];
     Work work[kWorkSlots];
     CheckRequest check[kCheckSlots];
+    uint32_t votes[kVoted ? kWarpgroups : 1][kVoteSlots];
     PieceRecord pieces[kSelfFed ? 2 * kWarpThreads : 1];
     alignas(8) unsigned char iterators[kWorkSlots][kIteratorBytes];
 

@@ -42,7 +42,7 @@ __device__ void check_values(typename Config::SharedStorage& smem) {
     smem.check_full[position.slot].wait_idle(position.phase);
     const typename Config::CheckRequest request = smem.check[position.slot];
     if (request.stage >= Config::kStagesV) return;
-    smem.v_full[request.stage].wait(request.parity);
+    smem.v_full[request.slot].wait(request.parity);
     const bool found =
         __any_sync(0xffffffffu, holds_non_finite<Config, kWarpThreads>(smem, request.stage, lane));
     if (lane == 0) {

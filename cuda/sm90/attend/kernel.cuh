@@ -13,7 +13,9 @@
 //                 work        locating warp      every consumer warp and both copying warps
 //                 q           bulk copies        every warp of its warpgroup, after its epilogue
 //                 k           bulk copies        every consumer warp, once S is complete
-//                 v           bulk copies        every consumer warp, once O has taken it
+//                 v           bulk copies        every consumer warp, once O has taken it; where
+//                                                tiles are voted on, V's warp for those that skip
+//                 votes       consumer warps     (read by the warpgroup and V's warp, votes.cuh)
 //                 check       V's warp, checker  (a slot comes round after its V stage was freed)
 //                 Full barriers of copies complete on bytes: always those of a whole tile, missing
 //                 pieces are zeros from outside the tensor. A self-fed warpgroup frees K and V with
@@ -44,17 +46,23 @@ __device__ void init_barriers(typename Config::SharedStorage& smem) {
     }
   };
   init(smem.k_full, smem.k_empty, Config::kStagesK, 1, kConsumerWarps);
-  init(smem.v_full, smem.v_empty, Config::kStagesV, 1, kConsumerWarps);
+  for (TransactionBarrier& full : smem.v_full) full.init(1);
+  for (TransactionBarrier& empty : smem.v_empty) empty.init(kConsumerWarps);
   init(smem.q_full, smem.q_empty, Config::kStagesQ * Config::kWarpgroups, 1, kWarpgroupWarps);
+  if constexpr (Config::kVoted) {
+    for (auto& votes : smem.votes) {
+      for (uint32_t& word : votes) word = kNoVotes;
+    }
+  }
   if constexpr (Config::kSelfFed) return;
   init(smem.work_full, smem.work_empty, Config::kWorkSlots, 1, kConsumerWarps + 2);
   init(smem.check_full, smem.check_done, Config::kCheckSlots, 1, 1);
   smem.item_ending.init(1);
 }
 
-template <class Config, class SkipPolicy>
+template <class Config>
 __device__ void consume(const AttendArguments& arguments, typename Config::SharedStorage& smem) {
-  using Mainloop = AttendMainloop<Config, SkipPolicy>;
+  using Mainloop = AttendMainloop<Config>;
   const AttendProblem& problem = arguments.problem;
   Mainloop mainloop(arguments, smem);
   ProducersFeed feed;
@@ -64,11 +72,11 @@ __device__ void consume(const AttendArguments& arguments, typename Config::Share
     const Work& work = smem.work[position.slot];
     if (work.tiles < 0) break;
     const Rows rows = mainloop.rows_of(work);
-    SkipPolicy policy(problem, work.batch, rows.end > 0 ? rows.head : work.head);
+    typename Config::SkipPolicy policy(problem, work.batch, rows.end > 0 ? rows.head : work.head);
     typename Mainloop::FragmentO acc_o;
     OnlineSoftmax<2> softmax;
     mainloop.run(work, policy, feed, acc_o, softmax);
-    if constexpr (SkipPolicy::kVotes) {
+    if constexpr (Config::kVoted) {
       if (rows.begin < rows.end && rows.begin > -kWarpgroupRows &&
           threadIdx.x % kWarpgroupThreads == 0) {
         policy.store_counters();
@@ -82,7 +90,7 @@ __device__ void consume(const AttendArguments& arguments, typename Config::Share
   mainloop.finish();
 }
 
-template <class Config, class BlockIterator, class SkipPolicy>
+template <class Config, class BlockIterator>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attend_kernel(const __grid_constant__ AttendArguments arguments) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
@@ -111,15 +119,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if constexpr (Config::kRedistributes) {
       cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     }
-    consume<Config, SkipPolicy>(arguments, smem);
+    consume<Config>(arguments, smem);
   }
 }
 
 // One work item a CTA. The other CTAs of the SM compute while this one waits for its copies.
-template <class Config, class BlockIterator, class SkipPolicy>
+template <class Config, class BlockIterator>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attend_self_fed_kernel(const __grid_constant__ AttendArguments arguments) {
-  static_assert(!SkipPolicy::kVotes, "votes load values only after them");
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(shared_memory);
   SelfFeed<Config, BlockIterator> feed(arguments, smem);
@@ -135,9 +142,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
   const Work& work = smem.work[0];
   if (work.tiles < 0) return;
-  using Mainloop = AttendMainloop<Config, SkipPolicy>;
+  using Mainloop = AttendMainloop<Config>;
   Mainloop mainloop(arguments, smem);
-  SkipPolicy policy(arguments.problem, work.batch, work.head);
+  typename Config::SkipPolicy policy(arguments.problem, work.batch, work.head);
   typename Mainloop::FragmentO acc_o;
   OnlineSoftmax<2> softmax;
   mainloop.run(work, policy, feed, acc_o, softmax);

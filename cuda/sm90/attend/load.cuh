@@ -5,6 +5,7 @@
 
 #include "cuda/sm90/attend/compose.cuh"
 #include "cuda/sm90/attend/schedule.cuh"
+#include "cuda/sm90/attend/votes.cuh"
 
 namespace attnsieve::sm90 {
 
@@ -60,6 +61,8 @@ class TileProducer : TileComposer<Config, BlockIterator> {
   using Piece = typename Base::Piece;
   using Base::a_, Base::smem_, Base::is_leader, Base::fetch, Base::resolve;
   static constexpr bool kKeys = kOperand == Operand::kKeys;
+  static constexpr bool kVoted = Config::kVoted && !kKeys;
+  static constexpr unsigned kAllWarpgroups = (1u << Config::kWarpgroups) - 1;
   static constexpr int kStages = kKeys ? Config::kStagesK : Config::kStagesV;
   // Tiles left when the next item is asked for: their time covers a counter, a list and a barrier.
   static constexpr int kTilesAhead = 4;
@@ -92,7 +95,7 @@ class TileProducer : TileComposer<Config, BlockIterator> {
         constexpr int kParity = decltype(parity)::value;
         fetched[kParity] = fetch(work, iterator, tile + 2);
         if (kKeys && tile == near_end) announce_end();
-        load_tile(work, piece);
+        load_tile(work, piece, tile == 0);
         piece = resolve(work, iterator, tile + 1, fetched[1 - kParity]);
       };
 #pragma unroll 1
@@ -101,7 +104,8 @@ class TileProducer : TileComposer<Config, BlockIterator> {
         if (tile + 1 < work.tiles) load(tile + 1, cute::Int<1>{});
       }
     }
-    if constexpr (!kKeys) request_check(Config::kStagesV, 0);
+    if constexpr (kVoted) settle();  // no copy is under way when the CTA ends
+    if constexpr (!kKeys) request_check(Config::kStagesV, 0, 0);
   }
 
  private:
@@ -120,29 +124,103 @@ class TileProducer : TileComposer<Config, BlockIterator> {
   }
 
   // Fills the next stage, this lane's piece among the others.
-  __device__ void load_tile(const Work& work, Piece piece) {
+  __device__ void load_tile(const Work& work, Piece piece, bool first) {
     Base::check_page(&piece);
     const int flags = Base::inspect(work, piece);
+    if constexpr (kVoted) return load_voted(work, piece, flags, first);
     const int stage = position_.slot;
     (kKeys ? smem_.k_empty[stage] : smem_.v_empty[stage]).wait_idle(position_.phase);
-    Base::template fill<kOperand>(work.kv_head, Base::coordinates(work, piece), piece.key, flags,
-                                  stage);
+    fill(work, piece, flags, stage, kKeys ? smem_.k_full[stage] : smem_.v_full[stage]);
     if (!kKeys && (flags & Config::kCheckedTile) != 0) {
-      request_check(stage, position_.phase ^ 1);  // the parity of this fill
+      request_check(stage, stage, position_.phase ^ 1);  // the parity of this fill
     }
     position_.advance();
   }
+  __device__ void fill(const Work& work, const Piece& piece, int flags, int stage,
+                       TransactionBarrier& full) const {
+    Base::template fill<kOperand>(work.kv_head, Base::coordinates(work, piece), piece.key, flags,
+                                  stage, full);
+  }
+
+  // V of a tile that no warpgroup keeps is not copied, unless one kept the tile before: then it is
+  // ahead of the votes, as it has to be where little is skipped.
+  __device__ void load_voted(const Work& work, const Piece& piece, int flags, bool first) {
+    settle();
+    const bool checked = (flags & Config::kCheckedTile) != 0;
+    const int stage = votes_.slot % Config::kStagesV;
+    TransactionBarrier& full = smem_.v_full[votes_.slot];
+    copied_ = first || checked || kept_ != 0 || await_votes(votes_, true) != 0;
+    if (copied_) {
+      if ((in_use_ >> stage & 1) != 0) {
+        smem_.v_empty[stage].wait_idle(empty_phases_ >> stage & 1);
+        empty_phases_ ^= 1u << stage;
+        in_use_ ^= 1u << stage;
+      }
+      fill(work, piece, flags, stage, full);
+      if (checked) request_check(stage, votes_.slot, votes_.phase);
+    } else if (is_leader()) {
+      full.arrive();
+    }
+    checked_ = checked;
+    last_ = votes_;
+    votes_.advance();
+  }
+
+  // Once all have voted on the tile before: stands in for those that do not give its values back.
+  __device__ void settle() {
+    if (!copied_) {
+      kept_ = 0;
+      return;
+    }
+    kept_ = await_votes(last_, false);
+    const unsigned users = checked_ ? kAllWarpgroups : kept_;
+    const int stage = last_.slot % Config::kStagesV;
+    if (users == 0) {
+      smem_.v_full[last_.slot].wait_idle(last_.phase);
+      return;
+    }
+    in_use_ |= 1u << stage;
+    constexpr int kWarps = kWarpgroupThreads / kWarpThreads;
+    if ((users >> lane() / kWarps & 1) == 0 && lane() < kWarps * Config::kWarpgroups) {
+      smem_.v_empty[stage].arrive();
+    }
+  }
+
+  // The warpgroups that keep a tile, a bit each: of all, or as soon as there is one.
+  __device__ unsigned await_votes(const RingPosition<Config::kVoteSlots>& at, bool any) const {
+    while (true) {
+      unsigned kept = 0;
+      bool complete = true;
+#pragma unroll
+      for (int i = 0; i < Config::kWarpgroups; ++i) {
+        const Verdict verdict = read_votes(smem_.votes[i][at.slot], at.phase);
+        kept |= static_cast<unsigned>(verdict == Verdict::kKept) << i;
+        complete &= verdict != Verdict::kOpen;
+      }
+      if (complete || (any && kept != 0)) return kept;
+      __nanosleep(40);
+    }
+  }
+  static __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
 
   // Asks the checking warp to look for NaN and Inf in a V stage; a stage past the last ends them.
-  __device__ void request_check(int stage, uint32_t parity) {
+  __device__ void request_check(int stage, int slot, uint32_t parity) {
     if (is_leader()) {
-      smem_.check[check_.slot] = {stage, parity, 0};
+      smem_.check[check_.slot] = {stage, slot, parity, 0};
       smem_.check_full[check_.slot].arrive();
     }
     check_.advance();
   }
 
   RingPosition<kStages> position_{1};
+  // Voted values: the next tile and the one before, of which settle() has yet to learn.
+  RingPosition<Config::kVoteSlots> votes_{0};
+  RingPosition<Config::kVoteSlots> last_{0};
+  bool copied_ = false;
+  bool checked_ = false;
+  unsigned kept_ = 0;  // warpgroups that kept the tile before
+  unsigned in_use_ = 0;  // stages that consumers give back, a bit each
+  unsigned empty_phases_ = 0;
   RingPosition<Config::kStagesQ> q_{1};
   RingPosition<Config::kWorkSlots> work_{0};
   RingPosition<Config::kCheckSlots> check_{1};

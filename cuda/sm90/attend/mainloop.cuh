@@ -8,11 +8,11 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "cuda/common/skip_policy.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/sm90/attend/isolate.cuh"
 #include "cuda/sm90/attend/order.cuh"
 #include "cuda/sm90/attend/rows.cuh"
+#include "cuda/sm90/attend/votes.cuh"
 
 namespace attnsieve::sm90 {
 
@@ -24,9 +24,10 @@ inline constexpr int kWarpgroupBarrier = 1;
 inline constexpr int kTurnBarrier = 4;
 inline constexpr int kConsumerBarrier = 8;
 
-template <class Config, class SkipPolicy>
+template <class Config>
 class AttendMainloop {
  public:
+  using SkipPolicy = typename Config::SkipPolicy;
   using Element = typename Config::Element;
   using SharedStorage = typename Config::SharedStorage;
   using MmaQK = typename Config::MmaQK;
@@ -74,10 +75,12 @@ class AttendMainloop {
     smem_.q_full[query_tile()].wait(q_.phase);
     clear(acc_o);
     if (work.tiles == 0) return;
-    if constexpr (SkipPolicy::kVotes) {
+    if constexpr (!Config::kVoted) {
+      run_overlapped(work, feed, acc_o, softmax);
+    } else if constexpr (Config::kSteps == 1) {
       run_voted(work, policy, acc_o, softmax);
     } else {
-      run_overlapped(work, feed, acc_o, softmax);
+      run_voted_steps(work, policy, acc_o, softmax);
     }
   }
 
@@ -85,7 +88,7 @@ class AttendMainloop {
   // S of the next tile is computed while O takes the values of this one.
   template <class Feed>
   __device__ void run_overlapped(const Work& work, Feed& feed, FragmentO& acc_o, Softmax& softmax) {
-    static_assert(SkipPolicy::kVotes || Config::kSteps == 1);
+    static_assert(Config::kSteps == 1);
     FragmentS acc_s;
     FragmentP weights;
 
@@ -157,40 +160,211 @@ class AttendMainloop {
     release_values();
   }
 
-  // A tile's values are used after its vote, one softmax step after the other.
+  // The same with a vote on every tile. After a kept tile its P V runs under the next Q K^T; after a
+  // skipped one only scores are computed. Tiles with masks take the outer loop: the inner one is short.
   __device__ void run_voted(const Work& work, SkipPolicy& policy, FragmentO& acc_o,
                             Softmax& softmax) {
-    const Rows rows = rows_of(work);
-    bool visited = false;
+    FragmentS acc_s;
+    FragmentP weights;
+    const auto scores = rows_columns<Config::kStepKeys>(acc_s, 0);
+    Ballot ballot(rows_of(work), policy, smem_.votes[warpgroup_]);
+    int left = work.tiles;
 #pragma unroll 1
-    for (int tile = 0; tile < work.tiles; ++tile) {
-      FragmentS acc_s;
-      smem_.k_full[k_.slot].wait(k_.phase);
+    while (left > 0) {
+      const int flags = await_keys();
       issue_qk(acc_s);
       warpgroup_wait<0>();
       warpgroup_fence_operand(acc_s);
-      const int flags = smem_.k_record[k_.slot].flags;
+      --left;
       bool seen = true;
-      if ((flags & Config::kMaskedTile) != 0)
+      if ((flags & Config::kMaskedTile) != 0) {
         seen = mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
-      release_keys();
-      float step_max[Config::kSteps][2];
+        if (!seen) ++ballot.unseen;
+      }
+      if (!decide(acc_s, ballot, seen)) {
+        skip_values(ballot, acc_o, work, flags);
+        continue;
+      }
+      float rescale[2];
 #pragma unroll
-      for (int step = 0; step < Config::kSteps; ++step) {
-        step_max[step][0] = maximum<Config>(acc_s, step, 0);
-        step_max[step][1] = maximum<Config>(acc_s, step, 1);
+      for (int row = 0; row < 2; ++row) {
+        rescale[row] = softmax.weigh(row, scores, quad_max(ballot.lane_max[row]), scale_log2_);
       }
-      bool kept = vote(policy, step_max, softmax, rows);
-      if (seen) {
-        kept |= !visited;  // the first visited tile is never skipped
-        visited = true;
-        policy.count(kept);
+      ballot.raise(softmax);
+      round_weights(acc_s, weights);
+      rescale_output(acc_o, rescale);
+      v_ = ballot.at;
+      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
+
+      bool kept = true;
+#pragma unroll 1
+      while (left > 0 && await_keys() == 0) {
+        const Order order(left);
+        issue_qk(acc_s);
+        smem_.v_full[v_.slot].wait(v_.phase);
+        issue_pv<0>(weights, acc_o);
+        --left;
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(acc_s);
+        take_scores(ballot);
+        // The vote counts on the tile being kept: row 0 is weighed before it is known.
+        const float row0_lane_max = lane_maximum<Config>(acc_s, 0, 0);
+        const float old_max = softmax.row_max[0];
+        const float old_sum = softmax.row_sum[0];
+        auto row0 = softmax.begin(0, quad_max(row0_lane_max), scale_log2_);
+        scores(1, 0) = order.after(scores(1, 0), row0.base);
+        softmax.weigh(0, row0, scores, scale_log2_);
+        const float row1_lane_max = lane_maximum<Config>(acc_s, 0, 1);
+        kept = confer(ballot, __any_sync(0xffffffffu, !(row0_lane_max < ballot.limit[0]) |
+                                                          !(row1_lane_max < ballot.limit[1])));
+        if (!kept) {
+          softmax.row_max[0] = old_max;
+          softmax.row_sum[0] = old_sum;
+          break;
+        }
+        auto row1 = softmax.begin(1, quad_max(row1_lane_max), scale_log2_);
+        order.complete(softmax.row_sum[0]);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(acc_o);
+        release_values();
+        row1.base = order.after(row1.base, acc_o(0));
+        softmax.weigh(1, row1, scores, scale_log2_);
+        ballot.raise(softmax);
+        round_weights(acc_s, weights);
+        rescale_output(acc_o, {row0.rescale, row1.rescale});
+        v_ = ballot.at;
       }
-      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, kept && seen);
-      smem_.v_full[v_.slot].wait(v_.phase);  // even where it is not used: it has to arrive
-      if (kept) attend_steps(acc_s, acc_o, step_max, softmax, flags);
+      if (kept) {
+        smem_.v_full[v_.slot].wait(v_.phase);
+        issue_pv<0>(weights, acc_o);
+      } else {
+        ++ballot.skipped;
+      }
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc_o);
       release_values();
     }
+    policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
+  }
+
+  // Two softmax steps of a tile, one after the other; values are used right after the vote.
+  __device__ void run_voted_steps(const Work& work, SkipPolicy& policy, FragmentO& acc_o,
+                                  Softmax& softmax) {
+    Ballot ballot(rows_of(work), policy, smem_.votes[warpgroup_]);
+#pragma unroll 1
+    for (int left = work.tiles; left > 0; --left) {
+      FragmentS acc_s;
+      const int flags = await_keys();
+      issue_qk(acc_s);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc_s);
+      bool seen = true;
+      if ((flags & Config::kMaskedTile) != 0) {
+        seen = mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
+        if (!seen) ++ballot.unseen;
+      }
+      if (!decide(acc_s, ballot, seen)) {
+        skip_values(ballot, acc_o, work, flags);
+        continue;
+      }
+      v_ = ballot.at;
+      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
+      smem_.v_full[v_.slot].wait(v_.phase);
+      // Besides saving the work on a step of padding, the branch keeps the weights of the second
+      // step from being formed during the first, for which there are no registers.
+      if ((flags & Config::kPaddedStep) == 0) attend_step<0>(acc_s, acc_o, softmax);
+      attend_step<1>(acc_s, acc_o, softmax);
+      ballot.raise(softmax);
+      release_values();
+    }
+    policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
+  }
+
+  // What a warpgroup remembers from vote to vote of an item.
+  struct Ballot {
+    float limit[2];  // a score of a row that is not below keeps the tile
+    float floor[2];
+    float offset;  // ln(lambda) in unscaled logits
+    uint32_t address;  // of the warp's vote in the first slot; 0 in lanes that do not cast it
+    int skipped = 0;  // tiles of the item
+    int unseen = 0;
+    // Of the tile voted on last:
+    RingPosition<Config::kValueSlots> at{0};
+    float lane_max[2];  // of the keys that the lane holds
+
+    // A row that does not exist has no vote. Masked scores, -inf, have none but where everything is
+    // kept.
+    __device__ Ballot(const Rows& rows, const SkipPolicy& policy, const uint32_t* words)
+        : offset(policy.offset()) {
+      const int thread = opaque_thread() % kWarpgroupThreads;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = rows.begin + row_of(thread, half);
+        floor[half] =
+            row >= 0 && row < rows.end ? policy.lowest_limit() : -negative_infinity();
+        limit[half] = negative_infinity();
+      }
+      address = thread % kWarpThreads == 0 ? shared_address(words) + thread / kWarpThreads : 0;
+    }
+    // To the maxima of the kept tiles.
+    __device__ void raise(const Softmax& softmax) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) limit[row] = fmaxf(softmax.row_max[row] + offset, floor[row]);
+    }
+    __device__ void cast(bool veto) const {
+      if (address != 0) cast_vote(address + at.slot * sizeof(uint32_t), at.phase, veto);
+    }
+  };
+
+  // Waits for the keys of the next tile. Its flags.
+  __device__ int await_keys() {
+    smem_.k_full[k_.slot].wait(k_.phase);
+    return smem_.k_record[k_.slot].flags;
+  }
+
+  // Takes a tile's scores, which are complete and masked: gives its keys back, and is the next to vote.
+  __device__ void take_scores(Ballot& ballot) {
+    release_keys();
+    ballot.at = votes_;
+    votes_.advance();
+  }
+
+  // Whether a tile is kept, most likely not: all of its scores are compared, then the warps confer. A
+  // tile that no row may see is not.
+  __device__ bool decide(FragmentS& acc_s, Ballot& ballot, bool seen) {
+    take_scores(ballot);
+    ballot.lane_max[0] = lane_tile_maximum(acc_s, 0);
+    ballot.lane_max[1] = lane_tile_maximum(acc_s, 1);
+    const bool mine = seen & (!(ballot.lane_max[0] < ballot.limit[0]) |
+                              !(ballot.lane_max[1] < ballot.limit[1]));
+    const bool kept = named_barrier_any(kWarpgroupBarrier + warpgroup_, kWarpgroupThreads, mine);
+    ballot.cast(kept);
+    return kept;
+  }
+
+  // Casts the warp's vote and learns the warpgroup's, at once where the warp's decides.
+  __device__ bool confer(const Ballot& ballot, bool veto) {
+    ballot.cast(veto);
+    Verdict verdict = veto ? Verdict::kKept : Verdict::kOpen;
+    while (verdict == Verdict::kOpen) {
+      verdict = read_votes(smem_.votes[warpgroup_][ballot.at.slot], ballot.at.phase);
+    }
+    return verdict == Verdict::kKept;
+  }
+  static __device__ float lane_tile_maximum(FragmentS& acc_s, int row) {
+    const float first = lane_maximum<Config>(acc_s, 0, row);
+    if constexpr (Config::kSteps == 1) return first;
+    return max_nan(first, lane_maximum<Config>(acc_s, 1, row));
+  }
+
+  // The values of a tile that is not kept: nothing to give back, but where they are looked through.
+  __device__ void skip_values(Ballot& ballot, FragmentO& acc_o, const Work& work, int flags) {
+    ++ballot.skipped;
+    if ((flags & Config::kCheckedTile) == 0) return;
+    v_ = ballot.at;
+    isolate(acc_o, work, false);
+    smem_.v_full[v_.slot].wait(v_.phase);
+    release_values();
   }
 
   static __device__ void release(TransactionBarrier& empty) {
@@ -235,18 +409,22 @@ class AttendMainloop {
 #pragma unroll
     for (int chunk = 0; chunk < Config::kStepKeys / 16; ++chunk) {
       cute::gemm(mma, weights(_, _, chunk),
-                 tOrV(_, _, kStep * Config::kStepKeys / 16 + chunk, v_.slot), acc_o);
+                 tOrV(_, _, kStep * Config::kStepKeys / 16 + chunk, value_stage()), acc_o);
     }
     warpgroup_commit_batch();
   }
 
+  __device__ int value_stage() const {
+    if constexpr (Config::kVoted) return v_.slot % Config::kStagesV;
+    return v_.slot;
+  }
   __device__ void release_keys() {
     release(smem_.k_empty[k_.slot]);
     k_.advance();
   }
   __device__ void release_values() {
-    release(smem_.v_empty[v_.slot]);
-    v_.advance();
+    release(smem_.v_empty[value_stage()]);
+    if constexpr (!Config::kVoted) v_.advance();
   }
 
   static __device__ void round_weights(const FragmentS& acc_s, FragmentP& weights) {
@@ -254,27 +432,14 @@ class AttendMainloop {
     for (int i = 0; i < size(weights); ++i) weights(i) = static_cast<Element>(acc_s(i));
   }
 
-  // The tile's softmax steps one after the other: two may share a vote.
-  __device__ void attend_steps(FragmentS& acc_s, FragmentO& acc_o,
-                               const float (&step_max)[Config::kSteps][2], Softmax& softmax,
-                               int flags) {
-    // Besides saving the work on a step of padding, the branch keeps the weights of the second step
-    // from being formed during the first, for which there are no registers.
-    if (Config::kSteps == 1 || (flags & Config::kPaddedStep) == 0) {
-      attend_step<0>(acc_s, acc_o, step_max, softmax);
-    }
-    if constexpr (Config::kSteps == 2) attend_step<1>(acc_s, acc_o, step_max, softmax);
-  }
-
   template <int kStep>
-  __device__ void attend_step(FragmentS& acc_s, FragmentO& acc_o,
-                              const float (&step_max)[Config::kSteps][2], Softmax& softmax) {
+  __device__ void attend_step(FragmentS& acc_s, FragmentO& acc_o, Softmax& softmax) {
     constexpr int kRegisters = Config::kStepKeys / 2;
     float rescale[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       rescale[row] = softmax.weigh(row, rows_columns<Config::kStepKeys>(acc_s, kStep * kRegisters),
-                                   step_max[kStep][row], scale_log2_);
+                                   maximum<Config>(acc_s, kStep, row), scale_log2_);
     }
     rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
     FragmentP weights;
@@ -296,25 +461,6 @@ class AttendMainloop {
     rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
   }
 
-  // The warpgroup keeps a tile if one of its rows vetoes.
-  __device__ bool vote(const SkipPolicy& policy, const float (&step_max)[Config::kSteps][2],
-                       const Softmax& softmax, const Rows& rows) const {
-    bool veto = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float tile_max = step_max[0][half];
-#pragma unroll
-      for (int step = 1; step < Config::kSteps; ++step) {
-        tile_max = max_nan(tile_max, step_max[step][half]);
-      }
-      const int query_row = rows.begin + row_of(threadIdx.x, half);
-      if (query_row >= 0 && query_row < rows.end) {
-        veto |= policy.row_vetoes(tile_max, softmax.row_max[half]);
-      }
-    }
-    return named_barrier_any(kWarpgroupBarrier + warpgroup_, kWarpgroupThreads, veto);
-  }
-
   // Keeps non-finite values of V from the rows that do not see their keys. All warpgroups come
   // here for the same tiles; one that skips the tile adds nothing.
   __device__ void isolate(FragmentO& acc_o, const Work& work, bool adds) {
@@ -323,9 +469,9 @@ class AttendMainloop {
     const int row = rows_of(work).begin;
     const int thread = opaque_thread();
     const int rows[2] = {row + row_of(thread, 0), row + row_of(thread, 1)};
-    if (adds) add_non_finite<Config>(smem_, v_.slot, work, rows, acc_o);
+    if (adds) add_non_finite<Config>(smem_, value_stage(), work, rows, acc_o);
     named_barrier_sync(kConsumerBarrier, Config::kConsumerThreads);
-    zero_non_finite<Config>(smem_, v_.slot);
+    zero_non_finite<Config>(smem_, value_stage());
     fence_shared_for_async();
     named_barrier_sync(kConsumerBarrier, Config::kConsumerThreads);
   }
@@ -334,7 +480,7 @@ class AttendMainloop {
   __device__ bool found_non_finite() {
     if constexpr (Config::kSelfFed) {
       smem_.v_full[v_.slot].wait(v_.phase);
-      const bool found = holds_non_finite<Config, kWarpgroupThreads>(smem_, v_.slot, threadIdx.x);
+      const bool found = holds_non_finite<Config, kWarpgroupThreads>(smem_, value_stage(), threadIdx.x);
       return named_barrier_any(kWarpgroupBarrier, kWarpgroupThreads, found);
     } else {
       smem_.check_done[check_.slot].wait(check_.phase);
@@ -351,7 +497,7 @@ class AttendMainloop {
   __device__ void pass_turn() const {
     named_barrier_arrive(kTurnBarrier + 1 - warpgroup_, Config::kConsumerThreads);
   }
-  static constexpr bool kTakesTurns = !SkipPolicy::kVotes && Config::kWarpgroups == 2;
+    static constexpr bool kTakesTurns = !Config::kVoted && Config::kWarpgroups == 2;
   // Where the weights cost more than the MMAs, or other CTAs of the SM fill the tensor cores
   // meanwhile, ptxas's order is the faster one.
   static constexpr bool kPinned = !Config::kSelfFed && Config::kHeadDim > 64;
@@ -361,7 +507,9 @@ class AttendMainloop {
   float scale_log2_;
   int warpgroup_;
   RingPosition<Config::kStagesK> k_{0};
-  RingPosition<Config::kStagesV> v_{0};
+  // Of the next tile; where tiles are voted on, of the one kept last, and of the next vote.
+  RingPosition<Config::kValueSlots> v_{0};
+  RingPosition<Config::kValueSlots> votes_{0};
   RingPosition<Config::kStagesQ> q_{0};
   RingPosition<Config::kCheckSlots> check_{0};
 };

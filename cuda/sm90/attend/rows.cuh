@@ -36,9 +36,9 @@ __device__ __forceinline__ int opaque_thread() {
   return thread;
 }
 
-// Of a row of accumulators over the keys of a step, for all lanes of a quad.
+// Of a row of accumulators over the keys of a step that this lane holds.
 template <class Config, class Fragment>
-__device__ __forceinline__ float maximum(Fragment& acc_s, int step, int row) {
+__device__ __forceinline__ float lane_maximum(Fragment& acc_s, int step, int row) {
   const auto scores = rows_columns<Config::kStepKeys>(acc_s, step * Config::kStepKeys / 2);
   float even = scores(row, 0);
   float odd = scores(row, 1);
@@ -47,7 +47,13 @@ __device__ __forceinline__ float maximum(Fragment& acc_s, int step, int row) {
     even = max_nan(even, scores(row, column));
     odd = max_nan(odd, scores(row, column + 1));
   }
-  return quad_max(max_nan(even, odd));
+  return max_nan(even, odd);
+}
+
+// Over all keys of the step, in all lanes of a quad.
+template <class Config, class Fragment>
+__device__ __forceinline__ float maximum(Fragment& acc_s, int step, int row) {
+  return quad_max(lane_maximum<Config>(acc_s, step, row));
 }
 
 // Keys that a row does not see become -inf. Returns whether the warpgroup's rows see any key.
