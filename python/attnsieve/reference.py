@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from attnsieve._reference_attention import from_pages, softmax_attention
 from attnsieve._reference_selection import (
     Window,
     pooled_block_scores,
@@ -61,36 +62,6 @@ def index_multiplicity(
     return times
 
 
-def _softmax_attention(
-    scores: Tensor, v: Tensor, times: Tensor, sink: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One head: softmax over the pairs with ``times > 0``, each weighted by ``times``.
-
-    ``sink`` is one more logit that has no value vector. Returns out ``[Sq, D]``, lse ``[Sq]``.
-    """
-    seen = times > 0
-    scores = scores.masked_fill(~seen, -math.inf)
-    row_max = torch.full((scores.shape[0],), -math.inf, dtype=torch.float64, device=scores.device)
-    if scores.shape[1] > 0:
-        row_max = scores.amax(dim=1)
-    if sink is not None:
-        row_max = torch.maximum(row_max, sink.double())
-    shift = row_max.masked_fill(row_max == -math.inf, 0.0)
-    weights = torch.where(seen, times * torch.exp(scores - shift[:, None]), 0.0)
-    row_sum = weights.sum(dim=1)
-    if sink is not None:
-        row_sum = row_sum + torch.exp(sink.double() - shift)
-    v = v.double()
-    finite = v.isfinite()
-    out = weights @ v.masked_fill(~finite, 0.0)
-    # 0 * NaN is NaN, so values that are not finite are added to the rows that see them, one by one.
-    for key in torch.nonzero(~finite.all(dim=1) & seen.any(dim=0)).flatten().tolist():
-        spoiled = weights[:, key, None] * v[key].masked_fill(finite[key], 0.0)
-        out = torch.where(seen[:, key, None], out + spoiled, out)
-    out = torch.where(row_sum[:, None] == 0, 0.0, out / row_sum[:, None])
-    return out, torch.log(row_sum) + shift
-
-
 def _attend(q, k, v, times, softmax_scale, sink) -> tuple[Tensor, Tensor]:
     """Batched problem with pair multiplicities ``times [B, Hq, Sq, Sk]``, masks included."""
     batch, num_heads, seqlen_q, head_dim = q.shape
@@ -102,7 +73,7 @@ def _attend(q, k, v, times, softmax_scale, sink) -> tuple[Tensor, Tensor]:
             kv_head = h // group_size
             scores = scaled_scores(q[b, h], k[b, kv_head], softmax_scale)
             head_sink = None if sink is None else sink[h]
-            out[b, h], lse[b, h] = _softmax_attention(scores, v[b, kv_head], times[b, h], head_sink)
+            out[b, h], lse[b, h] = softmax_attention(scores, v[b, kv_head], times[b, h], head_sink)
     return out, lse
 
 
@@ -112,20 +83,6 @@ def _own_index(index: BlockIndex | None, b: int) -> BlockIndex | None:
         return index
     one = slice(b, b + 1)
     return BlockIndex(index.counts[one], index.columns[one], index.block_q, index.block_k)
-
-
-def _from_pages(cache: Tensor, table: Tensor, seqlen_k: int) -> tuple[Tensor, Tensor]:
-    """One sequence's rows of ``cache [num_pages, page_size, H, D]``: ``[1, H, seqlen_k, D]``.
-
-    Also bool ``[seqlen_k]``: the keys whose table entry names a page. The others hold 0.
-    """
-    num_pages, page_size = cache.shape[:2]
-    keys = torch.arange(seqlen_k, device=cache.device)
-    pages = table.long()[keys // page_size]
-    exists = (pages >= 0) & (pages < num_pages)
-    rows = torch.zeros(seqlen_k, *cache.shape[2:], dtype=cache.dtype, device=cache.device)
-    rows[exists] = cache[pages[exists], keys[exists] % page_size]
-    return rows.transpose(0, 1)[None], exists
 
 
 def _per_sequence(attend_one, q, k, v, index, cu_seqlens_q, cu_seqlens_k, block_table, seq_lens):
@@ -144,8 +101,8 @@ def _per_sequence(attend_one, q, k, v, index, cu_seqlens_q, cu_seqlens_k, block_
         exists = None
         if block_table is not None:
             seqlen_k = min(max(int(seq_lens[b]), 0), block_table.shape[1] * k.shape[1])
-            own_k, exists = _from_pages(k, block_table[b], seqlen_k)
-            own_v, _ = _from_pages(v, block_table[b], seqlen_k)
+            own_k, exists = from_pages(k, block_table[b], seqlen_k)
+            own_v, _ = from_pages(v, block_table[b], seqlen_k)
         else:
             keys = slice(starts_k[b], starts_k[b + 1])
             own_k, own_v = (x[keys].transpose(0, 1)[None] for x in (k, v))
