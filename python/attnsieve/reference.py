@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from attnsieve._arguments import check_decode_values
 from attnsieve._reference_attention import from_pages, softmax_attention
 from attnsieve._reference_selection import (
     Window,
@@ -22,10 +23,12 @@ from attnsieve._reference_selection import (
 )
 from attnsieve._reference_threshold import (
     SkipWalk,
+    lambda_table,
     listed_blocks,
     scaled_scores,
     threshold_walk,
 )
+from attnsieve._reference_threshold_decode import attend_cached, threshold_decode_walk
 from attnsieve.index import BlockIndex
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "select_blocks",
     "select_from_scores",
     "threshold_attention",
+    "threshold_decode_walk",
     "threshold_walk",
     "visible_mask",
 ]
@@ -166,10 +170,13 @@ def threshold_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    threshold: float | Tensor | None,
+    threshold: float | Tensor | None = None,
     *,
+    phase: str = "prefill",
     index: BlockIndex | None = None,
     skip_block: int = 128,
+    two_phase: bool = False,
+    num_splits: int | None = None,
     causal: bool = False,
     window: Window = None,
     softmax_scale: float | None = None,
@@ -178,20 +185,37 @@ def threshold_attention(
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     seq_lens: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     validate: bool = False,
     return_lse: bool = False,
     return_counters: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Oracle of ``attnsieve.threshold_attention``: attention over ``threshold_walk``'s pairs.
+    """Oracle of ``attnsieve.threshold_attention``: attention over the pairs that a walk keeps.
 
-    Shapes as there. Returns ``out`` (float64), or a tuple ``(out[, lse][, counters])``.
+    The walk is ``threshold_walk``, in decode ``threshold_decode_walk``. Shapes and arguments as
+    there, but ``threshold`` is given as such. Returns ``out`` (float64), or a tuple
+    ``(out[, lse][, counters])``. Differentiable in q, k, v and sink in prefill: decisions are
+    constants.
     """
-    lambdas = None if threshold is None else torch.as_tensor(threshold).double()
+    if phase == "decode":
+        if validate:
+            check_decode_values(k, None, block_table, seq_lens)
+        where = dict(block_table=block_table, seq_lens=seq_lens, k_scale=k_scale)
+        where["softmax_scale"] = softmax_scale
+        splits = dict(skip_block=skip_block, num_splits=num_splits, two_phase=two_phase)
+        splits["causal"] = causal
+        walk = threshold_decode_walk(q, k, threshold, **splits, **where)
+        out, lse = attend_cached(q, k, v, walk.times, sink=sink, v_scale=v_scale, **where)
+        results = (out,) + (lse,) * return_lse + (walk.counters,) * return_counters
+        return results if len(results) > 1 else out
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    lambdas = None if threshold is None else lambda_table(threshold, batch, q.shape[1])
 
     def attend_one(b, q, k, v, index, exists):
         if validate and index is not None:
             index.validate(-(-k.shape[2] // index.block_k))
-        own = lambdas if lambdas is None or lambdas.dim() == 0 or b is None else lambdas[b]
+        own = lambdas if lambdas is None or b is None else lambdas[b : b + 1]
         masks = dict(causal=causal, window=window)
         if lambdas is None:
             times = index_multiplicity(index, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
