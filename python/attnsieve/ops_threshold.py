@@ -350,7 +350,7 @@ def _two_phase(q, k, v, lambdas, skip_block, num_splits, options):
     kept = keeps.unflatten(2, (num_kv_heads, -1)).any(3).any(1)
     index, _ = select_threshold(kept.float(), 0.5, tiles, **where)
     out, lse = decode(q, k, v, index, **options, num_splits=num_splits, return_lse=True)
-    capacity = _capacity(k, block_table)
+    capacity = _capacity(k, block_table) if q.shape[2] > 0 else 0  # no rows see no tiles
     lengths = q.new_full(q.shape[:1], capacity, dtype=torch.int64) if seq_lens is None else seq_lens
     total = -(-lengths.clamp(0, capacity).long() // skip_block).unsqueeze(1)
     counters = torch.stack([total - index.counts, total.expand_as(index.counts)], -1)
