@@ -284,6 +284,7 @@ DECODE_MISTAKES = (
     ("threshold", dict(threshold=-0.1)),
     ("threshold", dict(threshold=math.nan, two_phase=True)),
     ("threshold", dict(threshold=torch.zeros(2, dtype=torch.float64))),
+    ("threshold", dict(threshold=torch.zeros(1))),
     ("threshold", dict(threshold=torch.zeros(3))),
     ("threshold", dict(threshold=torch.zeros(2, 5))),
     ("threshold", dict(threshold=torch.zeros(4, 2))),

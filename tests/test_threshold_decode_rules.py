@@ -147,6 +147,11 @@ def test_keys_without_a_page_never_veto(op):
     options["block_table"][:, [3, 7]] = -1
     *got, counters = op.run(q, k, v, INF, skip_block=64, num_splits=1, **options)
     assert (counters == torch.tensor([6, 8])).all()
+    for two_phase in (False, True):
+        run = functools.partial(op.run, q, k, v, skip_block=64, two_phase=two_phase, **options)
+        for value in (0.0, torch.tensor(NAN), torch.tensor(-1.0)):  # no threshold skips nothing
+            *_, counters = run(value, num_splits=1)
+            assert (counters == torch.tensor([0, 8])).all()
     options["block_table"][:, 1:] = -1
     del options["phase"]
     assert_close(got, op.decode(q, k, v, **options, return_lse=True))

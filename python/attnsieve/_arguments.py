@@ -117,9 +117,12 @@ def _lambda_table(threshold: Tensor, batch: int, num_heads: int) -> Tensor:
         )
     if sizes == [batch]:
         threshold = threshold.unsqueeze(1)
-    elif len(sizes) > 2 or not all(
-        n in (1, wanted) for n, wanted in zip(sizes[::-1], (num_heads, batch), strict=False)
-    ):
+    elif sizes == [num_heads]:
+        threshold = threshold.unsqueeze(0)
+    fits = all(
+        n in (1, whole) for n, whole in zip(threshold.shape, (batch, num_heads), strict=False)
+    )
+    if threshold.dim() not in (0, 2) or not fits:
         raise ValueError(
             f"threshold: expected a float or a tensor of shape [], [{batch}] (batch), "
             f"[{num_heads}] (query heads) or [{batch}, {num_heads}], got shape {sizes}"

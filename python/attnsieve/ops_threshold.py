@@ -129,9 +129,9 @@ def threshold_attention(
             groups of whole KV heads and lambda <= 1; reads K twice. NaN keeps every tile.
         num_splits: decode: 1 to 128 visiting sequences. Default
             ``threshold_splits(B * Hkv * ceil(G / min(G, 16 // Sq)), capacity, skip_block)``, which
-            depends on the batch size: pin it where results must not. With ``two_phase``, and where
-            nothing is skipped, it divides the work of :func:`decode` and no result depends on it
-            beyond rounding.
+            depends on the batch size: pin it where results must not. A split keeps its first tile,
+            so with as many splits as tiles nothing is skipped. With ``two_phase``, and where
+            ``threshold`` is None, it is that of :func:`decode`: no decision depends on it.
         causal: query row i sees keys ``j <= i + Sk - Sq`` (decode: T for Sk).
         window, cu_seqlens_q, cu_seqlens_k: prefill: as in :func:`block_sparse_attention`.
         softmax_scale: positive; default ``1 / sqrt(D)``.
