@@ -65,6 +65,15 @@ def decode(problem):
     return *whole, *attnsieve.decode(rows, k, v, index, recent=20, num_splits=3, return_lse=True)
 
 
+def skip_tiles(problem):
+    """A decode step that skips tiles, in one phase and in two."""
+    q, k, v = problem.args[:3]
+    options = dict(phase="decode", num_splits=2, skip_block=64, return_lse=True)
+    options |= dict(return_counters=True, causal=True)
+    run = functools.partial(attnsieve.threshold_attention, q[:, :, -3:], 3 * k, v, **options)
+    return *run(8.0), *run(q[:, :, 0, 0].abs().float(), two_phase=True)
+
+
 def score_tokens(problem):
     """Both kernels of the scorer: a decoding step, and several rows with a softmax."""
     q, k = problem.args[:2]
@@ -87,7 +96,7 @@ def append(problem):
 
 
 OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge, select_tokens, decode)
-OPS = (*OPS, score_tokens, append)
+OPS = (*OPS, skip_tiles, score_tokens, append)
 
 
 def problem_of(seed):
@@ -336,7 +345,7 @@ def test_bad_offsets_of_packed_rows_are_memory_safe(offsets):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 def test_second_gpu_while_the_first_is_current():
     problem = problem_of(1)
-    ops = (attend, walk, select, decode)
+    ops = (attend, walk, select, decode, skip_tiles)
     expected = [op(problem) for op in ops]
     other = build(Case("cuda:1", 300, 500, causal=True, density=0.4, seed=1))
     assert torch.cuda.current_device() == 0

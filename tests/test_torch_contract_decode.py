@@ -17,6 +17,10 @@ SCHEMAS = {
     "Tensor? seq_lens, Tensor? indices, Tensor? counts, int index_page_size, bool physical, "
     "Tensor? dense_begin, int recent, Tensor? sink, Tensor? k_scale, Tensor? v_scale, "
     "float softmax_scale, bool causal, int num_splits) -> (Tensor out, Tensor lse)",
+    "threshold_decode": "attnsieve::threshold_decode(Tensor q, Tensor k_cache, Tensor v_cache, "
+    "Tensor? block_table, Tensor? seq_lens, Tensor? sink, Tensor? k_scale, Tensor? v_scale, "
+    "float? threshold, Tensor? threshold_per_head, int skip_block, int num_splits, "
+    "float softmax_scale, bool causal) -> (Tensor out, Tensor lse, Tensor counters)",
     "select_topk": "attnsieve::select_topk(Tensor scores, Tensor? seq_lens, int k, int page_size, "
     "int sink, int recent, bool causal, Tensor? block_table, int table_page_size, int num_pages) "
     "-> (Tensor indices, Tensor counts)",
@@ -94,6 +98,24 @@ def decode_samples():
     }
 
 
+def threshold_decode_samples():
+    q, k, v = (randn((2, h, n, 64), seed=h) for h, n in ((4, 3), (2, 200), (2, 200)))
+    bshd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    pages = [x[:, :, :192].reshape(24, 16, 2, 64) for x in (k, v)]
+    table = torch.arange(24, dtype=torch.int32).view(2, 12)
+    lens = torch.tensor([200, 70], dtype=torch.int32)
+    float8, scales = [x.to(torch.float8_e4m3fn) for x in (k, v)], (torch.ones(2), torch.ones(2))
+    sink, lambdas, none = torch.zeros(4), torch.full((2, 1), 0.1).expand(2, 4), (None, None, None)
+    ends = (0.125, True)
+    return {
+        "number": (q, k, v, None, None, *none, 0.1, None, 128, 1, *ends),
+        "bshd": (*bshd, None, lens, sink, None, None, None, lambdas, 64, 3, 0.125, False),
+        "paged": (q, *pages, table, lens, *none, None, lambdas, 64, 2, *ends),
+        "float8": (q, *float8, None, lens, None, *scales, 0.1, None, 64, 2, *ends),
+        "empty": (q[:0], k[:0], v[:0], None, None, *none, 0.1, None, 128, 4, *ends),
+    }
+
+
 def proxy_samples():
     q, k = randn((2, 4, 3, 64)), randn((2, 2, 48, 64), seed=1)
     pages, table = k.reshape(6, 16, 2, 64), torch.tensor([[3, 1, -1], [0, 2, 5]]).int()
@@ -136,6 +158,7 @@ def append_samples():
 
 SAMPLES = {
     "decode": decode_samples(),
+    "threshold_decode": threshold_decode_samples(),
     "proxy_scores": proxy_samples(),
     "append_kv": append_samples(),
     "select_topk": topk_samples(),
@@ -146,7 +169,10 @@ NAMES = [(op, name) for op, made in SAMPLES.items() for name in made]
 
 def sample_of(op, name, device):
     sample = SAMPLES[op][name]
-    if device != "cpu" and op == "decode":  # q and the caches; float32 is the CPU's alone
+    if device != "cpu" and op in (
+        "decode",
+        "threshold_decode",
+    ):  # q and the caches; float32 is the CPU's alone
         halves = (x.half() if x.dtype == torch.float32 else x for x in sample[:3])
         sample = (*halves, *sample[3:])
     return tree_map_only(torch.Tensor, CacheOps(device).to_device, sample)
@@ -187,7 +213,12 @@ def choose(scores, seq_lens, limits, q, k):
     whole, kept = attnsieve.topk_attention(
         q, k, k, k=16, score="exact", seq_lens=seq_lens, return_index=True
     )
-    return best, above, passed, out, lse, pages, *cache, bounds, whole, kept
+    skip = dict(phase="decode", seq_lens=seq_lens, return_lse=True, return_counters=True)
+    skipping = [
+        attnsieve.threshold_attention(q, k, k, 0.5, two_phase=two_phase, **skip)
+        for two_phase in (False, True)
+    ]
+    return best, above, passed, out, lse, pages, *cache, bounds, whole, kept, skipping
 
 
 def arguments(columns):

@@ -17,13 +17,16 @@ from attnsieve.index import BlockIndex  # noqa: E402  (after the ops)
 from attnsieve.ops import (  # noqa: E402  (after the ops)
     block_sparse_attention,
     merge_states,
-    threshold_attention,
 )
 from attnsieve.ops_cache import append_kv, proxy_scores  # noqa: E402  (after the ops)
 from attnsieve.ops_decode import (  # noqa: E402  (after the ops)
     decode,
     select_threshold,
     select_topk,
+)
+from attnsieve.ops_threshold import (  # noqa: E402  (after the ops)
+    threshold_attention,
+    threshold_splits,
 )
 from attnsieve.ops_topk import topk_attention  # noqa: E402  (after the ops)
 from attnsieve.selection import (  # noqa: E402  (after the ops)
@@ -55,6 +58,7 @@ __all__ = [
     "select_threshold",
     "select_topk",
     "threshold_attention",
+    "threshold_splits",
     "topk_attention",
 ]
 

@@ -86,24 +86,48 @@ def key_scale_of(keys: Tensor, k_scale: Tensor | None, heads_last: bool) -> Tens
 
 
 def lambda_arguments(
-    threshold: float | Tensor | None, q: Tensor, cu_seqlens_q: Tensor | None
+    threshold: float | Tensor | None, q: Tensor, cu_seqlens_q: Tensor | None = None
 ) -> tuple[float | None, Tensor | None]:
-    """A threshold as the op takes it: (one number, None) or (None, ``[B, Hq]``)."""
-    if isinstance(threshold, Tensor):
-        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != batch):
-            raise ValueError(
-                f"threshold: expected a float or a tensor of shape [] or [{batch}] (batch), "
-                f"got shape {list(threshold.shape)}"
-            )
-        return None, threshold.reshape(-1, 1).expand(batch, q.shape[1])
+    """A threshold as the ops take it: (one number, None) or (None, ``[B, Hq]``)."""
     if threshold is None:
         return None, None
-    if isinstance(threshold, int | float):
-        return float(threshold), None
-    raise TypeError(
-        f"threshold: expected a float, a tensor or None, got {type(threshold).__name__}"
+    if isinstance(threshold, Tensor):
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        if threshold.device != q.device:
+            raise ValueError(f"threshold: must be on q's device, got {threshold.device}")
+        return None, _lambda_table(threshold, batch, q.shape[1])
+    if not isinstance(threshold, int | float):
+        raise TypeError(
+            f"threshold: expected a float, a tensor or None, got {type(threshold).__name__}"
+        )
+    if not threshold >= 0:
+        raise ValueError(f"threshold: expected a number >= 0, got {threshold}")
+    return float(threshold), None
+
+
+def _lambda_table(threshold: Tensor, batch: int, num_heads: int) -> Tensor:
+    """``[]``, ``[B]``, ``[Hq]`` or ``[B or 1, Hq or 1]`` as a view ``[B, Hq]``."""
+    if threshold.dtype != torch.float32:
+        raise ValueError(f"threshold: expected dtype Float, got {threshold.dtype}")
+    sizes = list(threshold.shape)
+    if len(sizes) == 1 and sizes[0] == batch == num_heads > 1:
+        raise ValueError(
+            f"threshold: {batch} values fit the batch and the query heads; give two dimensions, "
+            f"[{batch}, 1] or [1, {num_heads}]"
+        )
+    if sizes == [batch]:
+        threshold = threshold.unsqueeze(1)
+    elif sizes == [num_heads]:
+        threshold = threshold.unsqueeze(0)
+    fits = all(
+        n in (1, whole) for n, whole in zip(threshold.shape, (batch, num_heads), strict=False)
     )
+    if threshold.dim() not in (0, 2) or not fits:
+        raise ValueError(
+            f"threshold: expected a float or a tensor of shape [], [{batch}] (batch), "
+            f"[{num_heads}] (query heads) or [{batch}, {num_heads}], got shape {sizes}"
+        )
+    return threshold.expand(batch, num_heads)
 
 
 def check_values(

@@ -74,6 +74,27 @@ def _decode(
     return _attend_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@torch.library.register_fake("attnsieve::threshold_decode")
+def _threshold_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    sink: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    threshold: float | None,
+    threshold_per_head: Tensor | None,
+    skip_block: int,
+    num_splits: int,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    counters = q.new_empty((*q.shape[:2], 2), dtype=torch.int64)
+    return _attend_out(q), q.new_empty(q.shape[:3], dtype=torch.float32), counters
+
+
 @torch.library.register_fake("attnsieve::proxy_scores")
 def _proxy_scores(
     q: Tensor,

@@ -33,6 +33,22 @@ def scaled_scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     return q.double() @ k.double().T * scale
 
 
+def lambda_table(threshold: float | Tensor, batch: int, num_heads: int) -> Tensor:
+    """lambda of every sequence and query head, float64 ``[B, Hq]`` on the CPU."""
+    values = torch.as_tensor(threshold).double().cpu()
+    if values.dim() == 1 and values.shape[0] == batch == num_heads > 1:
+        raise ValueError("threshold: one dimension could be the batch or the heads; give two")
+    if values.dim() == 1 and values.shape[0] == batch:
+        values = values[:, None]
+    return values.expand(batch, num_heads)
+
+
+def log_lambdas(threshold: float | Tensor | None, batch: int, num_heads: int) -> list[list[float]]:
+    """ln(lambda) of every sequence and query head; -inf for 0, None and what is no threshold."""
+    rows = lambda_table(0.0 if threshold is None else threshold, batch, num_heads).tolist()
+    return [[math.log(x) if x > 0 else -math.inf for x in row] for row in rows]
+
+
 class SkipWalk(NamedTuple):
     """What threshold skipping decided.
 
@@ -79,6 +95,7 @@ def _listed_tiles(
     return [tile for tile in seen if tile]
 
 
+@torch.no_grad()
 def threshold_walk(
     q: Tensor,
     k: Tensor,
@@ -98,7 +115,8 @@ def threshold_walk(
     ``block_q`` query rows. A tile after the first is skipped iff ``m_tile - m_run <
     ln(threshold)`` for every row, where ``m_tile`` is the row's largest masked, scaled logit in the
     tile and ``m_run`` the largest one in the tiles attended before. A row that sees nothing in the
-    tile never vetoes; NaN does. ``threshold`` 0 or None skips nothing. Keys that do not exist
+    tile never vetoes; NaN does. ``threshold`` is a number, ``[B]``, ``[Hq]`` or ``[B, Hq]``; 0 or
+    None skips nothing. Keys that do not exist
     (``exists``, bool ``[Sk]``) are masked, but count for what a tile holds.
     """
     batch, num_heads, seqlen_q, _ = q.shape
@@ -109,11 +127,10 @@ def threshold_walk(
     times = torch.zeros(batch, num_heads, seqlen_q, seqlen_k, dtype=torch.int64, device=q.device)
     counters = torch.zeros(batch, num_heads, 2, dtype=torch.int64)
     margin = torch.full((batch, num_heads), math.inf, dtype=torch.float64)
-    lambdas = torch.zeros(()) if threshold is None else torch.as_tensor(threshold).double().cpu()
-    lambdas = lambdas.expand(batch).tolist()
+    logs = log_lambdas(threshold, batch, num_heads)
     for b in range(batch):
-        log_lambda = math.log(lambdas[b]) if lambdas[b] > 0 else -math.inf
         for h in range(num_heads):
+            log_lambda = logs[b][h]
             scores = scaled_scores(q[b, h], k[b, h // group_size], softmax_scale)
             unit_max = _unit_max(scores.masked_fill(~attended, -math.inf), unit_keys)
             lists = None

@@ -17,7 +17,6 @@ from attnsieve._arguments import (
     call_op,
     check_values,
     default_scale,
-    lambda_arguments,
     window_sides,
 )
 from attnsieve.index import BlockIndex
@@ -25,13 +24,12 @@ from attnsieve.index import BlockIndex
 __all__ = [
     "block_sparse_attention",
     "merge_states",
-    "threshold_attention",
 ]
 
-_SKIP_BLOCK = 128
+SKIP_BLOCK = 128  # keys of a tile, where the caller does not say
 
 
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -49,6 +47,7 @@ def _attend(
     seq_lens: Tensor | None,
     validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The op behind the public functions: (out, lse, counters)."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -143,14 +142,14 @@ def block_sparse_attention(
         NotImplementedError: dtype or head dim without a kernel; the text lists the supported set.
             Also when gradients are asked for: there is no backward yet.
     """
-    out, lse, _ = _attend(
+    out, lse, _ = attend(
         q,
         k,
         v,
         index,
         None,
         None,
-        _SKIP_BLOCK,
+        SKIP_BLOCK,
         causal,
         window,
         softmax_scale,
@@ -162,73 +161,6 @@ def block_sparse_attention(
         validate,
     )
     return (out, lse) if return_lse else out
-
-
-def threshold_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    threshold: float | Tensor | None,
-    *,
-    index: BlockIndex | None = None,
-    skip_block: int = _SKIP_BLOCK,
-    causal: bool = False,
-    window: Window | None = None,
-    softmax_scale: float | None = None,
-    sink: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-    seq_lens: Tensor | None = None,
-    validate: bool = False,
-    return_lse: bool = False,
-    return_counters: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    """Attention that skips KV tiles whose logits can no longer matter (BLASST).
-
-    A tile of ``skip_block`` keys is skipped for a group of 64 query rows of one head iff for every
-    row ``m_tile - m_run < ln(threshold)``: scaled, masked logits, ``m_run`` the running maximum
-    before the tile. The first visited tile is never skipped. Without an index tiles are aligned in
-    key position and the one with the group's last visible key comes first, then the others
-    ascending. With one, the keys that a row of the index keeps, in list order and as far as any of
-    its ``block_q`` query rows sees them, are cut from the start; the last tile, which takes the
-    remainder, comes first, then the others ascending, each group leaving out tiles it sees nothing
-    of. The result is renormalised over the kept tiles.
-
-    Args:
-        threshold: lambda, final (not a scale factor): a float >= 0, a float32 tensor ``[B]`` or
-            ``[]``, or None for the kernel without skipping. 0 skips nothing and is bitwise equal to
-            None; values above 1 are legal.
-        index: restricts the keys first, as in :func:`block_sparse_attention`.
-        skip_block: 64 or 128 keys per tile; 64 alone for head_dim 256 on sm_90.
-        return_counters: also return int64 ``[B, Hq, 2]``: (skipped, total) tiles.
-
-    Other arguments, returns and errors as :func:`block_sparse_attention`. Return order:
-    ``out[, lse][, counters]``.
-    """
-    value, per_head = lambda_arguments(threshold, q, cu_seqlens_q)
-    if return_counters and threshold is None:
-        raise ValueError("return_counters: there are no counters when threshold is None")
-    out, lse, counters = _attend(
-        q,
-        k,
-        v,
-        index,
-        value,
-        per_head,
-        skip_block,
-        causal,
-        window,
-        softmax_scale,
-        sink,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        block_table,
-        seq_lens,
-        validate,
-    )
-    results = (out,) + ((lse,) if return_lse else ()) + ((counters,) if return_counters else ())
-    return results if len(results) > 1 else out
 
 
 def merge_states(outs: Tensor | list[Tensor], lses: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from attnsieve._arguments import check_decode_values
+from attnsieve._reference_attention import from_pages, softmax_attention
 from attnsieve._reference_selection import (
     Window,
     pooled_block_scores,
@@ -21,10 +23,12 @@ from attnsieve._reference_selection import (
 )
 from attnsieve._reference_threshold import (
     SkipWalk,
+    lambda_table,
     listed_blocks,
     scaled_scores,
     threshold_walk,
 )
+from attnsieve._reference_threshold_decode import attend_cached, threshold_decode_walk
 from attnsieve.index import BlockIndex
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "select_blocks",
     "select_from_scores",
     "threshold_attention",
+    "threshold_decode_walk",
     "threshold_walk",
     "visible_mask",
 ]
@@ -61,36 +66,6 @@ def index_multiplicity(
     return times
 
 
-def _softmax_attention(
-    scores: Tensor, v: Tensor, times: Tensor, sink: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One head: softmax over the pairs with ``times > 0``, each weighted by ``times``.
-
-    ``sink`` is one more logit that has no value vector. Returns out ``[Sq, D]``, lse ``[Sq]``.
-    """
-    seen = times > 0
-    scores = scores.masked_fill(~seen, -math.inf)
-    row_max = torch.full((scores.shape[0],), -math.inf, dtype=torch.float64, device=scores.device)
-    if scores.shape[1] > 0:
-        row_max = scores.amax(dim=1)
-    if sink is not None:
-        row_max = torch.maximum(row_max, sink.double())
-    shift = row_max.masked_fill(row_max == -math.inf, 0.0)
-    weights = torch.where(seen, times * torch.exp(scores - shift[:, None]), 0.0)
-    row_sum = weights.sum(dim=1)
-    if sink is not None:
-        row_sum = row_sum + torch.exp(sink.double() - shift)
-    v = v.double()
-    finite = v.isfinite()
-    out = weights @ v.masked_fill(~finite, 0.0)
-    # 0 * NaN is NaN, so values that are not finite are added to the rows that see them, one by one.
-    for key in torch.nonzero(~finite.all(dim=1) & seen.any(dim=0)).flatten().tolist():
-        spoiled = weights[:, key, None] * v[key].masked_fill(finite[key], 0.0)
-        out = torch.where(seen[:, key, None], out + spoiled, out)
-    out = torch.where(row_sum[:, None] == 0, 0.0, out / row_sum[:, None])
-    return out, torch.log(row_sum) + shift
-
-
 def _attend(q, k, v, times, softmax_scale, sink) -> tuple[Tensor, Tensor]:
     """Batched problem with pair multiplicities ``times [B, Hq, Sq, Sk]``, masks included."""
     batch, num_heads, seqlen_q, head_dim = q.shape
@@ -102,7 +77,7 @@ def _attend(q, k, v, times, softmax_scale, sink) -> tuple[Tensor, Tensor]:
             kv_head = h // group_size
             scores = scaled_scores(q[b, h], k[b, kv_head], softmax_scale)
             head_sink = None if sink is None else sink[h]
-            out[b, h], lse[b, h] = _softmax_attention(scores, v[b, kv_head], times[b, h], head_sink)
+            out[b, h], lse[b, h] = softmax_attention(scores, v[b, kv_head], times[b, h], head_sink)
     return out, lse
 
 
@@ -112,20 +87,6 @@ def _own_index(index: BlockIndex | None, b: int) -> BlockIndex | None:
         return index
     one = slice(b, b + 1)
     return BlockIndex(index.counts[one], index.columns[one], index.block_q, index.block_k)
-
-
-def _from_pages(cache: Tensor, table: Tensor, seqlen_k: int) -> tuple[Tensor, Tensor]:
-    """One sequence's rows of ``cache [num_pages, page_size, H, D]``: ``[1, H, seqlen_k, D]``.
-
-    Also bool ``[seqlen_k]``: the keys whose table entry names a page. The others hold 0.
-    """
-    num_pages, page_size = cache.shape[:2]
-    keys = torch.arange(seqlen_k, device=cache.device)
-    pages = table.long()[keys // page_size]
-    exists = (pages >= 0) & (pages < num_pages)
-    rows = torch.zeros(seqlen_k, *cache.shape[2:], dtype=cache.dtype, device=cache.device)
-    rows[exists] = cache[pages[exists], keys[exists] % page_size]
-    return rows.transpose(0, 1)[None], exists
 
 
 def _per_sequence(attend_one, q, k, v, index, cu_seqlens_q, cu_seqlens_k, block_table, seq_lens):
@@ -144,8 +105,8 @@ def _per_sequence(attend_one, q, k, v, index, cu_seqlens_q, cu_seqlens_k, block_
         exists = None
         if block_table is not None:
             seqlen_k = min(max(int(seq_lens[b]), 0), block_table.shape[1] * k.shape[1])
-            own_k, exists = _from_pages(k, block_table[b], seqlen_k)
-            own_v, _ = _from_pages(v, block_table[b], seqlen_k)
+            own_k, exists = from_pages(k, block_table[b], seqlen_k)
+            own_v, _ = from_pages(v, block_table[b], seqlen_k)
         else:
             keys = slice(starts_k[b], starts_k[b + 1])
             own_k, own_v = (x[keys].transpose(0, 1)[None] for x in (k, v))
@@ -209,10 +170,13 @@ def threshold_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    threshold: float | Tensor | None,
+    threshold: float | Tensor | None = None,
     *,
+    phase: str = "prefill",
     index: BlockIndex | None = None,
     skip_block: int = 128,
+    two_phase: bool = False,
+    num_splits: int | None = None,
     causal: bool = False,
     window: Window = None,
     softmax_scale: float | None = None,
@@ -221,20 +185,37 @@ def threshold_attention(
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     seq_lens: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     validate: bool = False,
     return_lse: bool = False,
     return_counters: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Oracle of ``attnsieve.threshold_attention``: attention over ``threshold_walk``'s pairs.
+    """Oracle of ``attnsieve.threshold_attention``: attention over the pairs that a walk keeps.
 
-    Shapes as there. Returns ``out`` (float64), or a tuple ``(out[, lse][, counters])``.
+    The walk is ``threshold_walk``, in decode ``threshold_decode_walk``. Shapes and arguments as
+    there, but ``threshold`` is given as such. Returns ``out`` (float64), or a tuple
+    ``(out[, lse][, counters])``. Differentiable in q, k, v and sink in prefill: decisions are
+    constants.
     """
-    lambdas = None if threshold is None else torch.as_tensor(threshold).double()
+    if phase == "decode":
+        if validate:
+            check_decode_values(k, None, block_table, seq_lens)
+        where = dict(block_table=block_table, seq_lens=seq_lens, k_scale=k_scale)
+        where["softmax_scale"] = softmax_scale
+        splits = dict(skip_block=skip_block, num_splits=num_splits, two_phase=two_phase)
+        splits["causal"] = causal
+        walk = threshold_decode_walk(q, k, threshold, **splits, **where)
+        out, lse = attend_cached(q, k, v, walk.times, sink=sink, v_scale=v_scale, **where)
+        results = (out,) + (lse,) * return_lse + (walk.counters,) * return_counters
+        return results if len(results) > 1 else out
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    lambdas = None if threshold is None else lambda_table(threshold, batch, q.shape[1])
 
     def attend_one(b, q, k, v, index, exists):
         if validate and index is not None:
             index.validate(-(-k.shape[2] // index.block_k))
-        own = lambdas if lambdas is None or lambdas.dim() == 0 or b is None else lambdas[b]
+        own = lambdas if lambdas is None or b is None else lambdas[b : b + 1]
         masks = dict(causal=causal, window=window)
         if lambdas is None:
             times = index_multiplicity(index, q.shape[0], q.shape[1], q.shape[2], k.shape[2])

@@ -14,36 +14,18 @@ import torch
 from torch import Tensor
 
 from attnsieve._arguments import check_append_values, check_decode_values, check_lengths
+from attnsieve._reference_attention import (
+    cached_rows,
+    dequantized,
+    lengths_of,
+    softmax_attention,
+)
 from attnsieve._reference_selection import visible_mask
 from attnsieve._reference_threshold import scaled_scores
 from attnsieve._reference_token_selection import select_threshold, select_topk
-from attnsieve.reference import _from_pages, _softmax_attention
 from attnsieve.token_index import TokenIndex
 
 __all__ = ["append_kv", "decode", "proxy_scores", "select_threshold", "select_topk"]
-
-
-def _lengths(seq_lens: Tensor | None, batch: int, capacity: int) -> list[int]:
-    """Tokens of each sequence, clamped to what the cache can hold; without seq_lens all of it."""
-    if seq_lens is None:
-        return [capacity] * batch
-    return [min(max(n, 0), capacity) for n in seq_lens.tolist()]
-
-
-def _cached(cache: Tensor, block_table: Tensor | None, b: int, length: int):
-    """``[H, length, D]`` of sequence b, and bool ``[length]``: the rows that lie in a page."""
-    if block_table is None:
-        return cache[b, :, :length], torch.ones(length, dtype=torch.bool, device=cache.device)
-    rows, exists = _from_pages(cache, block_table[b], length)
-    return rows[0], exists
-
-
-def _dequantized(cache: Tensor, scale: Tensor | None, head_dim: int) -> Tensor:
-    if scale is None:
-        return cache.double()
-    shape = [1] * cache.dim()
-    shape[head_dim] = -1
-    return cache.double() * scale.double().view(shape)
 
 
 def _listed(index: TokenIndex, b: int, row: int, head: int, num_heads: int) -> list[int]:
@@ -107,13 +89,13 @@ def decode(
         check_decode_values(k_cache, index, block_table, seq_lens)
     head_axis = 1 if block_table is None else 2
     keys, values = (
-        _dequantized(x, scale, head_axis) for x, scale in ((k_cache, k_scale), (v_cache, v_scale))
+        dequantized(x, scale, head_axis) for x, scale in ((k_cache, k_scale), (v_cache, v_scale))
     )
     out = torch.zeros(*q.shape[:3], v_cache.shape[-1], dtype=torch.float64, device=q.device)
     lse = torch.zeros(batch, num_heads, rows, dtype=torch.float64, device=q.device)
-    for b, length in enumerate(_lengths(seq_lens, batch, capacity)):
-        own_k, exists = _cached(keys, block_table, b, length)
-        own_v, _ = _cached(values, block_table, b, length)
+    for b, length in enumerate(lengths_of(seq_lens, batch, capacity)):
+        own_k, exists = cached_rows(keys, block_table, b, length)
+        own_v, _ = cached_rows(values, block_table, b, length)
         visible = visible_mask(rows, length, causal=causal, device=q.device) & exists
         begin = length
         if dense_begin is not None:
@@ -143,7 +125,7 @@ def decode(
             kv_head = h // (num_heads // num_kv_heads)
             scores = scaled_scores(q[b, h], own_k[kv_head], softmax_scale)
             own_sink = None if sink is None else sink[h]
-            out[b, h], lse[b, h] = _softmax_attention(scores, own_v[kv_head], times, own_sink)
+            out[b, h], lse[b, h] = softmax_attention(scores, own_v[kv_head], times, own_sink)
     return (out, lse) if return_lse else out
 
 
@@ -222,7 +204,7 @@ def proxy_scores(
         check_lengths(keys.shape[0], tokens, units * unit, block_table, seq_lens)
     keys = keys.double() if key_scale is None else keys.double() * key_scale.double().unsqueeze(-1)
     results = []
-    for b, length in enumerate(_lengths(seq_lens, batch, units * unit)):
+    for b, length in enumerate(lengths_of(seq_lens, batch, units * unit)):
         side, exists = _key_side(keys, block_table, b, units, bounds)
         side = side.repeat_interleave(num_heads // side.shape[0], dim=0)  # [Hq, M, (2,) dp]
         if bounds:
@@ -268,7 +250,7 @@ def _in_pages(x: Tensor, page_size: int, fill) -> Tensor:
 def _key_side(keys: Tensor, block_table: Tensor | None, b: int, units: int, bounds: bool):
     """``[Hp, M, dp]`` (bounds ``[Hp, M, 2, dp]``) of sequence b, and which of the M exist."""
     if not bounds:
-        return _cached(keys, block_table, b, units)
+        return cached_rows(keys, block_table, b, units)
     if block_table is None:
         return keys[b].transpose(0, 1), torch.ones(units, dtype=torch.bool, device=keys.device)
     pages = block_table[b].long()

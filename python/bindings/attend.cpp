@@ -5,6 +5,7 @@
 #include "python/bindings/backend.h"
 #include "python/bindings/layout.h"
 #include "python/bindings/ops.h"
+#include "python/bindings/rules.h"
 
 namespace attnsieve::binding {
 namespace {
@@ -209,38 +210,13 @@ std::tuple<Tensor, Tensor, Tensor> attend(
   check_aligned_rows("k", k);
   check_aligned_rows("v", v);
   problem.mask = make_mask(causal, window_left, window_right);
-  problem.softmax_scale = static_cast<float>(softmax_scale);
-  if (!(problem.softmax_scale > 0.0f) || std::isinf(problem.softmax_scale)) {
-    invalid("softmax_scale", "expected a positive finite number, got ", softmax_scale);
-  }
+  problem.softmax_scale = checked_scale(softmax_scale);
   if (cu_seqlens_q) problem.varlen.cu_seqlens_q = cu_seqlens_q->const_data_ptr<int32_t>();
   if (cu_seqlens_k) problem.varlen.cu_seqlens_k = cu_seqlens_k->const_data_ptr<int32_t>();
   problem.index = block_index_view(problem, q, counts, columns, block_q, block_k);
-  if (sink) {
-    check_dim("sink", *sink, 1, "[query heads]");
-    check_dtype("sink", *sink, ScalarType::Float);
-    check_size("sink", *sink, 0, problem.num_heads, "query heads");
-    check_same_device("sink", *sink, q);
-    check_last_contiguous("sink", *sink);
-    problem.sink = sink->const_data_ptr<float>();
-  }
-  problem.threshold.skip_block = check_block("skip_block", skip_block);
-  problem.threshold.enabled = threshold.has_value() || threshold_per_head.has_value();
-  if (threshold) {
-    if (!(*threshold >= 0)) invalid("threshold", "expected a number >= 0, got ", *threshold);
-    problem.threshold.value = static_cast<float>(*threshold);
-  }
-  if (threshold_per_head) {
-    if (threshold) invalid("threshold", "give one number or a tensor, not both");
-    check_dim("threshold", *threshold_per_head, 2, "[batch, query heads]");
-    check_dtype("threshold", *threshold_per_head, ScalarType::Float);
-    check_same_device("threshold", *threshold_per_head, q);
-    check_size("threshold", *threshold_per_head, 0, problem.batch, "batch");
-    check_size("threshold", *threshold_per_head, 1, problem.num_heads, "query heads");
-    problem.threshold.per_head = threshold_per_head->const_data_ptr<float>();
-    problem.threshold.stride_batch = threshold_per_head->stride(0);
-    problem.threshold.stride_head = threshold_per_head->stride(1);
-  }
+  problem.sink = head_sinks(sink, problem.num_heads, q);
+  problem.threshold = make_threshold(threshold, threshold_per_head, skip_block, problem.batch,
+                                     problem.num_heads, q);
 
   const Tensor out = allocate_out(q, varlen);
   const int32_t float_dtype = aoti_torch_dtype_float32();

@@ -1,38 +1,11 @@
-// decode: checks, outputs, tensors -> DecodeProblem.
-#include <cmath>
-
-#include "attnsieve/capability.h"
+// decode: checks of the index, tensors -> DecodeProblem.
 #include "python/bindings/backend.h"
-#include "python/bindings/layout.h"
+#include "python/bindings/decode_problem.h"
 #include "python/bindings/ops.h"
 #include "python/bindings/pages.h"
 
 namespace attnsieve::binding {
 namespace {
-
-void check_caches(const Tensor& q, const Tensor& k, const Tensor& v, bool paged) {
-  const char* const shape =
-      paged ? "[pages, page_size, kv heads, head_dim]" : "[batch, kv heads, capacity, head_dim]";
-  check_dim("q", q, 4, "[batch, heads, rows, head_dim]");
-  for (const auto& [name, cache] :
-       {std::pair<const char*, const Tensor&>{"k_cache", k}, {"v_cache", v}}) {
-    check_dim(name, cache, 4, shape);
-    check_same_device(name, cache, q);
-    check_dtype(name, cache, k.scalar_type());
-    check_size(name, cache, 3, q.size(3), "head_dim of q");
-    if (!paged) check_size(name, cache, 0, q.size(0), "batch of q");
-    for (int64_t dim = 0; dim < 3; ++dim) check_size(name, cache, dim, k.size(dim), "as k_cache");
-  }
-  const int64_t num_kv_heads = k.size(paged ? kPaged.head : kBatched.head);
-  if (num_kv_heads == 0) invalid("k_cache", "needs at least one head, got shape ", shape_of(k));
-  if (q.size(1) == 0 || q.size(1) % num_kv_heads != 0) {
-    invalid("q", "the number of heads must be a positive multiple of k_cache's ", num_kv_heads,
-            ", got ", q.size(1));
-  }
-  if (q.size(2) > kMaxDecodeRows) {
-    invalid("q", "expected at most ", kMaxDecodeRows, " new rows, got shape ", shape_of(q));
-  }
-}
 
 void set_index(DecodeProblem* problem, const Tensor& q, const std::optional<Tensor>& indices,
                const std::optional<Tensor>& counts, int64_t page_size, bool physical) {
@@ -91,32 +64,8 @@ std::tuple<Tensor, Tensor> decode(
     int64_t index_page_size, bool physical, const std::optional<Tensor>& dense_begin,
     int64_t recent, const std::optional<Tensor>& sink, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, double softmax_scale, bool causal, int64_t num_splits) {
-  const bool paged = block_table.has_value();
-  DecodeProblem problem;
-  problem.dtype = element_dtype("q", q, kOnCpuOnly);
-  problem.code = cache_code("k_cache", k_cache, q, false);
-  check_caches(q, k_cache, v_cache, paged);
-  const Dims of_k = paged ? kPaged : kBatched;
-  problem.batch = q.size(0);
-  problem.num_heads = q.size(1);
-  problem.num_kv_heads = k_cache.size(of_k.head);
-  problem.seqlen_q = q.size(2);
-  problem.head_dim = q.size(3);
-  if (!q.is_cuda()) require_supported("decode", Backend::kCpu, problem.dtype, problem.head_dim);
-  check_aligned_rows("q", q);
-  check_aligned_rows("k_cache", k_cache);
-  check_aligned_rows("v_cache", v_cache);
-  const bool coded = problem.code != Code::kNone;
-  problem.k_scale = head_scales("k_scale", k_scale, coded, problem.num_kv_heads, k_cache);
-  problem.v_scale = head_scales("v_scale", v_scale, coded, problem.num_kv_heads, k_cache);
-  problem.softmax_scale = static_cast<float>(softmax_scale);
-  if (!(problem.softmax_scale > 0.0f) || std::isinf(problem.softmax_scale)) {
-    invalid("softmax_scale", "expected a positive finite number, got ", softmax_scale);
-  }
-  problem.causal = causal;
-  problem.paged = paged_kv("k_cache", k_cache.size(0), k_cache.size(1), block_table, seq_lens,
-                           problem.batch, q);
-  problem.seqlen_k = paged ? problem.paged.capacity() : k_cache.size(2);
+  DecodeProblem problem = decode_problem("decode", q, k_cache, v_cache, block_table, seq_lens, sink,
+                                         k_scale, v_scale, softmax_scale, causal);
   set_index(&problem, q, indices, counts, index_page_size, physical);
   problem.dense_begin = per_sequence("dense_begin", dense_begin, problem.batch, q);
   if (recent < 0) invalid("recent", "expected a number >= 0, got ", recent);
@@ -124,26 +73,11 @@ std::tuple<Tensor, Tensor> decode(
   if (!indices && (dense_begin || recent > 0)) {
     invalid("dense_begin, recent", "everything is attended without an index");
   }
-  if (sink) {
-    check_dim("sink", *sink, 1, "[query heads]");
-    check_dtype("sink", *sink, ScalarType::Float);
-    check_size("sink", *sink, 0, problem.num_heads, "query heads");
-    check_same_device("sink", *sink, q);
-    check_last_contiguous("sink", *sink);
-    problem.sink = sink->const_data_ptr<float>();
-  }
   if (num_splits < 0 || num_splits > kMaxDecodeSplits) {
     invalid("num_splits", "expected a number in [0, ", kMaxDecodeSplits, "], got ", num_splits);
   }
   problem.num_splits = static_cast<int32_t>(num_splits);
-  const Tensor out = allocate_out(q, false);
-  const Tensor lse =
-      empty({problem.batch, problem.num_heads, problem.seqlen_q}, aoti_torch_dtype_float32(), q);
-  problem.q = head_tensor(q, kBatched);
-  problem.k = head_tensor(k_cache, of_k);
-  problem.v = head_tensor(v_cache, of_k);
-  problem.out = head_tensor(out, kBatched);
-  problem.lse = row_tensor(lse, false);
+  const auto [out, lse] = decode_outputs(q, &problem);
   std::optional<Tensor> workspace;
   if (q.is_cuda()) {
     const int64_t bytes = static_cast<int64_t>(cuda::decode_workspace_bytes(problem));

@@ -16,6 +16,11 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
       "Tensor? dense_begin, int recent, Tensor? sink, Tensor? k_scale, Tensor? v_scale, "
       "float softmax_scale, bool causal, int num_splits) -> (Tensor out, Tensor lse)");
   m.def(
+      "threshold_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, "
+      "Tensor? seq_lens, Tensor? sink, Tensor? k_scale, Tensor? v_scale, float? threshold, "
+      "Tensor? threshold_per_head, int skip_block, int num_splits, float softmax_scale, "
+      "bool causal) -> (Tensor out, Tensor lse, Tensor counters)");
+  m.def(
       "proxy_scores(Tensor q, Tensor keys, Tensor? key_scale, Tensor? block_table, "
       "Tensor? seq_lens, int element, int row_reduce, bool softmax, int head_reduce, "
       "int num_out_heads, Tensor? head_weights, int page_reduce, int page_size, int skip_first, "
@@ -45,6 +50,7 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
   m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
   m.impl("decode", TORCH_BOX(&attnsieve::binding::decode));
+  m.impl("threshold_decode", TORCH_BOX(&attnsieve::binding::threshold_decode));
   m.impl("proxy_scores", TORCH_BOX(&attnsieve::binding::proxy_scores));
   m.impl("append_kv", TORCH_BOX(&attnsieve::binding::append_kv));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
@@ -56,6 +62,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
   m.impl("attend", TORCH_BOX(&attnsieve::binding::attend));
   m.impl("decode", TORCH_BOX(&attnsieve::binding::decode));
+  m.impl("threshold_decode", TORCH_BOX(&attnsieve::binding::threshold_decode));
   m.impl("proxy_scores", TORCH_BOX(&attnsieve::binding::proxy_scores));
   m.impl("append_kv", TORCH_BOX(&attnsieve::binding::append_kv));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));

@@ -14,8 +14,10 @@ namespace {
 
 size_t attend_workspace_bytes(const AttendProblem&) { refuse(); }
 size_t decode_workspace_bytes(const DecodeProblem&) { refuse(); }
+size_t threshold_decode_workspace_bytes(const DecodeProblem&) { refuse(); }
 void attend(const AttendProblem&, void*) { refuse(); }
 void decode(const DecodeProblem&, void*) { refuse(); }
+void threshold_decode(const DecodeProblem&, void*) { refuse(); }
 size_t proxy_scores_workspace_bytes(const ProxyScoresProblem&) { refuse(); }
 void proxy_scores(const ProxyScoresProblem&, void*) { refuse(); }
 void append_kv(const AppendKvProblem&, void*) { refuse(); }

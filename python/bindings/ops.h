@@ -27,6 +27,14 @@ std::tuple<Tensor, Tensor> decode(
     int64_t recent, const std::optional<Tensor>& sink, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, double softmax_scale, bool causal, int64_t num_splits);
 
+std::tuple<Tensor, Tensor, Tensor> threshold_decode(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+    const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
+    const std::optional<Tensor>& sink, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale, std::optional<double> threshold,
+    const std::optional<Tensor>& threshold_per_head, int64_t skip_block, int64_t num_splits,
+    double softmax_scale, bool causal);
+
 Tensor proxy_scores(const Tensor& q, const Tensor& keys, const std::optional<Tensor>& key_scale,
                     const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
                     int64_t element, int64_t row_reduce, bool softmax, int64_t head_reduce,

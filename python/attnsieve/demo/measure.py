@@ -15,7 +15,8 @@ from attnsieve.demo.errors import DemoError
 from attnsieve.demo.model import Subject, first_line
 from attnsieve.integrations.transformers import use
 from attnsieve.methods import BlockMethod, Method, OracleTopK, Threshold
-from attnsieve.ops import block_sparse_attention, threshold_attention
+from attnsieve.ops import block_sparse_attention
+from attnsieve.ops_threshold import threshold_attention
 
 # Group and unit of the threshold rule: rows that share a decision.
 GROUP_ROWS = 64

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attnsieve.methods.base import Method
-from attnsieve.ops import threshold_attention
+from attnsieve.ops_threshold import threshold_attention
 
 
 @dataclass(frozen=True)
