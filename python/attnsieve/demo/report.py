@@ -16,18 +16,20 @@ COLUMNS = (
     "method",
     "budget",
     "density",
-    "perplexity",
+    "skipped",
+    "ppl",
     "attn ms",
     "vs dense",
     "vs SDPA",
-    "total ms",
+    "all ms",
 )
 DECODE_COLUMNS = (
     "method",
     "budget",
-    "perplexity",
-    "attn ms/token",
-    "ms/token",
+    "skipped",
+    "ppl",
+    "attn ms",
+    "all ms",
     "tokens/s",
     "vs dense",
 )
@@ -72,6 +74,7 @@ def cells(result: Result) -> tuple[str, ...]:
         result.method,
         result.budget,
         f"{result.density:.3f}",
+        _share(result.skipped),
         f"{result.perplexity:.3f}",
         _milliseconds(result.attention_ms),
         f"{result.speedup_vs_dense:.2f}x",
@@ -85,12 +88,17 @@ def decode_cells(result: DecodeResult) -> tuple[str, ...]:
     return (
         result.method,
         result.budget,
+        _share(result.skipped),
         f"{result.perplexity:.3f}",
         _milliseconds(result.attention_ms),
         _milliseconds(result.total_ms),
         f"{result.tokens_per_s:.1f}",
         f"{result.speedup_vs_dense:.2f}x",
     )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _milliseconds(value: float) -> str:
