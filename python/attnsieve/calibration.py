@@ -170,7 +170,7 @@ class Calibration:
             raise ValueError(f"{path}: not a calibration: {error}") from error
 
 
-def fit(points: Sequence[Point], checks: Sequence[Check] = ()) -> PhaseFit:
+def fit(points: Sequence[Point]) -> PhaseFit:
     """Least squares of ``ln scale`` over the share, all lengths together.
 
     Raises:
@@ -195,7 +195,6 @@ def fit(points: Sequence[Point], checks: Sequence[Check] = ()) -> PhaseFit:
         rms_log_scale=float(numpy.sqrt(numpy.mean((log_a + b * shares - logs) ** 2))),
         max_share_error=float(min(1.0, numpy.max(numpy.abs((logs - log_a) / b - shares)))),
         points=tuple(points),
-        checks=tuple(checks),
     )
 
 

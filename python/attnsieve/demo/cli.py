@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import sys
 from collections.abc import Sequence
 
-from attnsieve.demo.errors import DemoError
+from attnsieve.demo.errors import DemoError, run_command
 from attnsieve.demo.options import (
     add_subject_options,
     cache_dir_of,
@@ -97,16 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo. Returns 0, or 2 after one line on stderr when the user must act."""
-    options = parser().parse_args(argv)
-    try:
-        _run(options)
-    except DemoError as error:
-        print(f"attnsieve demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("attnsieve demo: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("demo", _run, parser().parse_args(argv))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -106,9 +106,13 @@ def _milliseconds(value: float) -> str:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str]
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    notes: Sequence[str],
+    left: int = 2,
 ) -> None:
-    """A table and its notes on stdout; the first two columns are left-aligned."""
+    """A table and its notes on stdout; the first ``left`` columns are left-aligned."""
     if _has_rich():
         from rich import box
         from rich.console import Console
@@ -116,9 +120,8 @@ def print_table(
 
         # Without padding the columns fit a terminal of 80.
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-        for column in columns:
-            left = column in ("method", "budget")
-            table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        for place, column in enumerate(columns):
+            table.add_column(column, justify="left" if place < left else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         console = Console()
@@ -130,7 +133,7 @@ def print_table(
         print(title)
         for row in lines:
             texts = (
-                text.ljust(width) if place < 2 else text.rjust(width)
+                text.ljust(width) if place < left else text.rjust(width)
                 for place, (text, width) in enumerate(zip(row, widths, strict=True))
             )
             print("  ".join(texts).rstrip())
