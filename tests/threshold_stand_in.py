@@ -13,7 +13,7 @@ TILE = 128
 
 
 def decode(q, k_cache, v_cache, threshold, *, two_phase, block_table, seq_lens, **options):
-    """One new row of one sequence in pages: heads of a KV head decide together."""
+    """One new row of one sequence in pages, one split: heads of a KV head decide together."""
     length, group = int(seq_lens[0]), q.shape[1] // k_cache.shape[2]
     options = {name: x for name, x in options.items() if x is not None}
     options.pop("causal"), options.pop("phase"), options.pop("return_counters", None)
@@ -23,7 +23,7 @@ def decode(q, k_cache, v_cache, threshold, *, two_phase, block_table, seq_lens, 
     tiles = torch.stack([tile.amax(-1) for tile in logits.split(TILE, -1)], -1)
     before = torch.cat([torch.full_like(tiles[..., :1], -torch.inf), tiles.cummax(-1).values], -1)
     before = tiles.amax(-1, keepdim=True) if two_phase else before[..., :-1]
-    skip = (tiles - before < torch.log(threshold[0])).all(1)  # [Hkv, tiles]
+    skip = (tiles - before < torch.log(threshold)).all(1)  # [Hkv, tiles]
     keys = skip.repeat_interleave(TILE, -1)[:, None, :length]
     out = torch.softmax(logits.masked_fill(keys, -torch.inf), -1) @ v
     counts = torch.stack([skip.sum(-1), torch.full_like(skip.sum(-1), skip.shape[-1])], -1)

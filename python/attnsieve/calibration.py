@@ -118,6 +118,7 @@ class Calibration:
     Attributes:
         model: its name. version: of the library that measured.
         skip_block: keys per tile. group_rows: query rows that share a decision in prefill.
+        num_splits: visiting sequences of decode steps; with more of them less is skipped.
         phases: "prefill" and "decode", or one of them.
     """
 
@@ -125,6 +126,7 @@ class Calibration:
     version: str
     skip_block: int
     group_rows: int
+    num_splits: int
     phases: Mapping[str, PhaseFit] = field(hash=False)
 
     def __post_init__(self) -> None:
@@ -133,6 +135,7 @@ class Calibration:
             _require(name, value, isinstance(value, str), "a text")
         _require_count("skip_block", self.skip_block)
         _require_count("group_rows", self.group_rows)
+        _require_count("num_splits", self.num_splits)
         unknown = [name for name in self.phases if name not in PHASES]
         _require("phases", unknown, not unknown, f"none but {', '.join(PHASES)}")
 

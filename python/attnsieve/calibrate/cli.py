@@ -69,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
         "--steps", type=positive, default=16, help="decode steps per run (default %(default)s)"
     )
     options.add_argument(
+        "--num-splits",
+        type=positive,
+        default=4,
+        help="visiting sequences of a decode step, which the shares hold for (default %(default)s)",
+    )
+    options.add_argument(
         "-o", "--out", default="calibration.json", help="the calibration (default %(default)s)"
     )
     options.add_argument("--plot", help="also write a picture of the sweep")
@@ -112,7 +118,9 @@ def _run(options: argparse.Namespace) -> None:
         measure.check_subject(subject, ids)
         make = dict(
             prefill=lambda window: sweep.prefill_run(subject, window),
-            decode=lambda window: sweep.decode_run(subject, window, options.steps),
+            decode=lambda window: sweep.decode_run(
+                subject, window, options.steps, options.num_splits
+            ),
         )
         try:
             for phase in options.phases:
@@ -129,6 +137,7 @@ def _run(options: argparse.Namespace) -> None:
         version=attnsieve.__version__,
         skip_block=Threshold(0.0).skip_block,
         group_rows=measure.GROUP_ROWS,
+        num_splits=options.num_splits,
         phases={phase: swept.fit for phase, swept in sweeps.items()},
     ).save(file)
     print(f"calibration written to {file}")
@@ -168,11 +177,11 @@ def _cells(sample) -> tuple[str, ...]:
 
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
-    """Comma-separated values, ascending and each once."""
+    """Comma-separated values, each once."""
 
     def values(text: str) -> tuple:
         try:
-            return tuple(sorted({kind(part.strip()) for part in text.split(",")}))
+            return tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 

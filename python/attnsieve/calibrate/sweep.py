@@ -73,12 +73,12 @@ def prefill_run(subject: Subject, ids: Tensor) -> Run:
     return run
 
 
-def decode_run(subject: Subject, ids: Tensor, steps: int) -> Run:
+def decode_run(subject: Subject, ids: Tensor, steps: int, num_splits: int) -> Run:
     """The last ``steps`` steps of ``ids`` after one dense prefill, with the text's own tokens."""
     cache = decode.prefill(subject, ids, steps)
 
     def run(scale: float) -> Sample:
-        error, method = _OutputError(), ThresholdDecode(scale)
+        error, method = _OutputError(), ThresholdDecode(scale, num_splits=num_splits)
         result = decode.run_steps(subject, ids, cache, method, steps, observe=error.decode)
         return Sample(ids.shape[1], scale, result["skipped"], error.mean(), result["perplexity"])
 

@@ -39,6 +39,9 @@ DECODE_FAMILIES = {
 TWO_PHASE = "threshold 2-phase"
 DENSE_DECODE = "dense decode"
 PAGE_SIZE = 16
+# Splits of the threshold rows: what one thread block walks. The op's default gives a batch of one a
+# split per tile, of which nothing can be skipped.
+THRESHOLD_SPLITS = 4
 WARM_UP_STEPS = 2
 # One step in so many tokens of the window, up to a number that keeps a CPU run within minutes.
 TOKENS_PER_STEP = 64
@@ -141,7 +144,8 @@ def decode_rows(
     for family in families:
         if family == "threshold":
             for scale in threshold_scales:
-                yield DECODE_FAMILIES[family], f"{scale:g}/L", ThresholdDecode(scale)
+                method = ThresholdDecode(scale, num_splits=THRESHOLD_SPLITS)
+                yield DECODE_FAMILIES[family], f"{scale:g}/L", method
             middle = sorted(threshold_scales)[len(threshold_scales) // 2]
             yield TWO_PHASE, f"{middle:g}/L", ThresholdDecode(middle, two_phase=True)
             continue

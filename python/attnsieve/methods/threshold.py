@@ -78,10 +78,13 @@ class ThresholdDecode(DecodeMethod):
         scale: the factor; decode takes smaller ones than prefill, whose groups hold more rows.
         two_phase: compare with the largest logit of the whole sequence, found first, instead of the
             running one: skips more, and depends on no order.
+        num_splits: visiting sequences, each of which keeps its first tile. The op's default fills
+            a GPU: small batches get a split per tile, of which nothing can be skipped.
     """
 
     scale: float
     two_phase: bool = False
+    num_splits: int | None = None
 
     def __call__(
         self, q, cache, *, layer_idx=0, sequence=0, softmax_scale=None, sink=None
@@ -98,9 +101,10 @@ class ThresholdDecode(DecodeMethod):
             q,
             cache.k_cache,
             cache.v_cache,
-            self.scale / cache.lengths(q.shape[0]).clamp(min=1).float(),
+            self.scale / cache.lengths(q.shape[0]).clamp(min=1).float().unsqueeze(1),
             phase="decode",
             two_phase=self.two_phase,
+            num_splits=self.num_splits,
             causal=True,
             **cache.where,
             **cache.scales,
