@@ -204,14 +204,14 @@ def measure(
     """
     device = ids.device
     warm_up = ids if device.type == "cuda" else ids[:, :WARM_UP_TOKENS]
-    _forward(subject, warm_up, Meter(method))
+    forward(subject, warm_up, Meter(method))
     runs = []
     started = time.monotonic()
     while len(runs) < (repeats or DEFAULT_RUNS):
         if repeats is None and runs and time.monotonic() - started > DEFAULT_SECONDS:
             break
         meter = Meter(method, None if runs else observe)
-        hidden, total_ms = _forward(subject, ids, meter)
+        hidden, total_ms = forward(subject, ids, meter)
         select_ms, attention_ms, observed_ms = meter.times_ms()
         if isinstance(method, OracleTopK):
             # No one can have this selection; its cost says nothing about the method.
@@ -230,9 +230,9 @@ def measure(
     )
 
 
-def _forward(subject: Subject, ids: Tensor, meter: Meter) -> tuple[Tensor, float]:
+def forward(subject: Subject, ids: Tensor, method: Method) -> tuple[Tensor, float]:
     """Hidden states ``[L, hidden]`` of the decoder and the pass's time in milliseconds."""
-    with use(meter, subject.model), torch.inference_mode():
+    with use(method, subject.model), torch.inference_mode():
         begin = mark(ids.device)
         hidden = subject.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         end = mark(ids.device)
@@ -264,10 +264,10 @@ def check_subject(subject: Subject, ids: Tensor) -> int:
     prefix = ids[:, :WARM_UP_TOKENS]
     meter = Meter(TorchSdpa())
     try:
-        hidden, _ = _forward(subject, prefix, meter)
+        hidden, _ = forward(subject, prefix, meter)
         with use(meter, subject.model):
             logits = subject.model(input_ids=prefix, use_cache=False).logits[0, -1]
-        _forward(subject, prefix, Meter(Threshold(0.0)))
+        forward(subject, prefix, Meter(Threshold(0.0)))
     except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise DemoError(f"{subject.name} cannot run in the demo: {first_line(error)}") from error
     layers = len(meter.kept) // 2
