@@ -265,11 +265,11 @@ class TestCommand:
             assert x.scale == found.scale("prefill", 0.3) and f"{x.share:.3f}" in said
 
     def test_both_phases(self, capsys):
-        options = ["--lengths", "520", "--steps", "3", "--targets", "0.4", "--num-splits", "1"]
+        options = ["--lengths", "520", "--steps", "3", "--targets", "0.4", "--num-splits", "2"]
         options += ["--scales", "1000,2000,6000", "--decode-scales", "100,300,1000,3000"]
         assert self.run(*options) == 0
         found = Calibration.load(self.file)
-        assert list(found.phases) == ["prefill", "decode"] and found.num_splits == 1
+        assert list(found.phases) == ["prefill", "decode"] and found.num_splits == 2
         decode = found.phases["decode"]
         assert decode.points[0].share < decode.points[-1].share
         assert decode.checks[0].scale == found.scale("decode", 0.4)

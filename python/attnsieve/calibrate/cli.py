@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--num-splits",
         type=positive,
-        default=4,
+        default=1,
         help="visiting sequences of a decode step, which the shares hold for (default %(default)s)",
     )
     options.add_argument(

@@ -37,7 +37,8 @@ def write_plot(path: Path, title: str, sweeps: Mapping[str, Sweep]) -> None:
             axes.set_ylabel(label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        fit, (low, high) = sweep.fit, FIT_SHARES
+        fit, low = sweep.fit, FIT_SHARES[0]
+        high = min(fit.largest_share, FIT_SHARES[1])
         panels[0].plot(
             [fit.a * math.exp(fit.b * share) for share in (low, high)],
             [low, high],

@@ -39,9 +39,9 @@ DECODE_FAMILIES = {
 TWO_PHASE = "threshold 2-phase"
 DENSE_DECODE = "dense decode"
 PAGE_SIZE = 16
-# Splits of the threshold rows: what one thread block walks. The op's default gives a batch of one a
-# split per tile, of which nothing can be skipped.
-THRESHOLD_SPLITS = 4
+# Splits of the threshold rows. Each knows the maximum of its own tiles alone: with four, SmolLM2
+# skips 0.20 instead of 0.68 of 2048 tokens at F = 1000, with the op's default nothing.
+THRESHOLD_SPLITS = 1
 WARM_UP_STEPS = 2
 # One step in so many tokens of the window, up to a number that keeps a CPU run within minutes.
 TOKENS_PER_STEP = 64

@@ -78,8 +78,9 @@ class ThresholdDecode(DecodeMethod):
         scale: the factor; decode takes smaller ones than prefill, whose groups hold more rows.
         two_phase: compare with the largest logit of the whole sequence, found first, instead of the
             running one: skips more, and depends on no order.
-        num_splits: visiting sequences, each of which keeps its first tile. The op's default fills
-            a GPU: small batches get a split per tile, of which nothing can be skipped.
+        num_splits: visiting sequences. Each keeps its first tile and knows the maximum of its own
+            tiles alone, so fewer skip more. The op's default fills a GPU: small batches get a split
+            per tile, of which nothing can be skipped.
     """
 
     scale: float
