@@ -13,7 +13,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from matplotlib import pyplot
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaForCausalLM
 from transformers.models.mamba import MambaForCausalLM
@@ -23,20 +22,16 @@ from attnsieve.demo import model as demo_model
 from attnsieve.demo.measure import Result
 from attnsieve.demo.plan import DENSE, FAMILIES, SDPA
 from attnsieve.demo.plot import write_plot
+from threshold_stand_in import install
+from tiny_models import WORDS, save
 
 # The default text of Python 3.11, which the reference numbers belong to.
 TOPICS_SHA256 = "2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4"
-WORDS = [f"w{i}" for i in range(50)]
 
 
-def save(model, folder) -> str:
-    """The model with a tokenizer of 50 words, as a folder that --model takes."""
-    vocabulary = {word: place for place, word in enumerate(["<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    model.save_pretrained(folder)
-    return str(folder)
+@pytest.fixture(autouse=True)
+def _decode_threshold(monkeypatch):
+    install(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +63,18 @@ def text(tmp_path_factory) -> str:
 def test_end_to_end(tiny, text, tmp_path, capsys):
     picture, numbers = tmp_path / "demo.png", tmp_path / "demo.json"
     arguments = ["--model", tiny, "--text", text, "--length", "256", "--device", "cpu"]
+    arguments += ["--threshold-scales", "10", "100", "1000", "1e30"]
     assert main([*arguments, "--out", str(picture), "--json", str(numbers)]) == 0
     said = capsys.readouterr()
     assert str(picture) in said.out and str(numbers) in said.out
-    assert said.err.count("[") == 22  # one progress line per row, model and prefill
+    assert said.err.count("[") == 28  # one progress line per row, model and prefill
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     record = json.loads(numbers.read_text())
     assert (record["length"], record["layers"], record["device"]) == (256, 2, "cpu")
     rows = record["rows"]
-    families = [FAMILIES[name] for name in ("topk", "topp", "threshold") for _ in range(2)]
+    families = [FAMILIES[name] for name in ("topk", "topp") for _ in range(2)]
+    families += [FAMILIES["threshold"]] * 4
     assert [row["method"] for row in rows] == [SDPA, DENSE, *families, FAMILIES["oracle"]]
     for row in rows:
         assert row["method"] in said.out
@@ -89,15 +86,28 @@ def test_end_to_end(tiny, text, tmp_path, capsys):
     # 4 rows of blocks keep 1, 2, 2, 2 of 1, 2, 3, 4 blocks; diagonal blocks hold 2080 pairs.
     assert half["density"] == pytest.approx((4 * 2080 + 3 * 4096) / (256 * 257 / 2))
     assert quarter["density"] == half["density"]
+    # 4 groups of rows visit 1, 1, 2, 2 tiles and may skip the second ones, of 64 x 128 pairs.
+    thresholds = [row for row in rows if row["method"] == FAMILIES["threshold"]]
+    shares = [row["skipped"] for row in thresholds]
+    assert shares == sorted(shares) and 0 <= shares[0] < shares[-1] == pytest.approx(2 / 6)
+    for row in thresholds:
+        pairs = 1 - row["skipped"] * 6 * 64 * 128 / (256 * 257 / 2)
+        assert row["density"] == pytest.approx(pairs) and f"{row['skipped']:.3f}" in said.out
+    assert all(row["skipped"] is None for row in rows if row not in thresholds)
 
     # 4 steps after 251 tokens; budgets of 1/8 and 1/16 of 256 are at least three pages.
     assert record["decode_tokens"] == 4
     first, *decoded = record["decode_rows"]
     assert (first["method"], first["speedup_vs_dense"]) == (decode.DENSE_DECODE, 1.0)
     names = [name for name in decode.DECODE_FAMILIES.values() for _ in range(2)]
+    names += [decode.DECODE_FAMILIES["threshold"], decode.TWO_PHASE]
     assert [row["method"] for row in decoded] == names
+    budgets = ["48"] * 10 + ["10/L", "100/L", "1000/L", "100/L"]
+    assert [row["budget"] for row in decoded] == budgets
     for row in decoded:
-        assert row["method"] in said.out and row["budget"] == "48"
+        threshold = row["budget"] != "48"
+        assert row["method"] in said.out and (row["skipped"] is not None) == threshold
+        assert row["keys"] == (pytest.approx(256 * (1 - row["skipped"])) if threshold else 48)
         assert row["total_ms"] > row["attention_ms"] > 0
         assert row["tokens_per_s"] == pytest.approx(1000 / row["total_ms"])
 
@@ -109,11 +119,12 @@ def test_picture_shows_every_row(tmp_path, monkeypatch, with_decode):
         Result(name, "", density=x, perplexity=10 - x, attention_ms=1 + x, **numbers)
         for name, x in ((SDPA, 1.0), (DENSE, 1.0), (FAMILIES["topk"], 0.5), (FAMILIES["topk"], 0.2))
     ]
-    steps = [decode.DecodeResult(decode.DENSE_DECODE, "", 8.0, 1.0, 4.0, 250.0, 1.0)]
-    for i, name in enumerate(decode.DECODE_FAMILIES.values()):
-        for budget in (1024, 96):  # not in the order of the axis
-            row = (name, str(budget), 8 + i + 1 / budget, 0.5, 2.0, 500.0, budget / 100 + i)
-            steps.append(decode.DecodeResult(*row))
+    steps = [decode.DecodeResult(decode.DENSE_DECODE, "", 8.0, 1.0, 4.0, 250.0, 4096)]
+    names = [*decode.DECODE_FAMILIES.values(), decode.TWO_PHASE]
+    for i, name in enumerate(names):
+        for keys in (1024, 96):  # not in the order of the axis
+            row = (name, f"{keys}/L", 8 + i + 1 / keys, 0.5, 2.0, 500.0, keys)
+            steps.append(decode.DecodeResult(*row, speedup_vs_dense=keys / 100 + i))
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     write_plot(tmp_path / "picture.png", "title", prefill, steps if with_decode else ())
     panels = pyplot.gcf().axes
@@ -127,9 +138,9 @@ def test_picture_shows_every_row(tmp_path, monkeypatch, with_decode):
     assert drawn(panels[0]) == {FAMILIES["topk"]: [(0.2, 9.8), (0.5, 9.5)]}
     if with_decode:
         for axes, value in ((panels[2], "perplexity"), (panels[3], "speedup_vs_dense")):
-            wanted = {name: [] for name in decode.DECODE_FAMILIES.values()}
+            wanted = {name: [] for name in names}
             for row in reversed(steps[1:]):
-                wanted[row.method].append((int(row.budget), getattr(row, value)))
+                wanted[row.method].append((row.keys, getattr(row, value)))
             assert drawn(axes) == wanted
         assert "250.0 tokens/s" in [text.get_text() for text in panels[3].texts][0]
 
@@ -139,6 +150,7 @@ def test_decode_perplexity_is_that_of_the_whole_window(tiny, text, tmp_path):
     numbers = tmp_path / "demo.json"
     arguments = ["--model", tiny, "--text", text, "--length", "120", "--device", "cpu", "--no-plot"]
     arguments += ["--methods", "--decode-budgets", "1", "--decode-tokens", "100"]
+    arguments += ["--decode-threshold-scales", "0"]
     assert main([*arguments, "--json", str(numbers)]) == 0
     rows = json.loads(numbers.read_text())["decode_rows"]
     model = LlamaForCausalLM.from_pretrained(tiny, attn_implementation="eager")
@@ -147,7 +159,7 @@ def test_decode_perplexity_is_that_of_the_whole_window(tiny, text, tmp_path):
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, 19:119]
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 20:]).exp()
-    assert len(rows) == 6
+    assert len(rows) == 8
     for row in rows:
         assert row["perplexity"] == pytest.approx(float(expected), rel=1e-3), row["method"]
 
@@ -159,7 +171,7 @@ def test_decode_rows_can_be_left_out(tiny, text, tmp_path, capsys):
     assert "decode steps" not in capsys.readouterr().out
     assert not [key for key in json.loads(numbers.read_text()) if key.startswith("decode")]
     assert main([*arguments, "--methods", "--decode-tokens", "63"]) == 2
-    assert "--decode-tokens 63" in capsys.readouterr().err
+    assert "63 decode steps" in capsys.readouterr().err
     assert cli._DECODE_FAMILIES == tuple(decode.DECODE_FAMILIES)
 
 
@@ -276,7 +288,7 @@ def test_smollm2_reference_numbers(tmp_path):
     pytest.importorskip("gguf")
     numbers = tmp_path / "demo.json"
     arguments = ["--device", "cpu", "--no-plot", "--json", str(numbers)]
-    arguments += ["--decode-methods"]
+    arguments += ["--decode-methods", "--threshold-scales", "100", "1000"]
     assert main([*arguments, "--methods", "topk", "topp", "threshold", "oracle"]) == 0
     record = json.loads(numbers.read_text())
     if record["text_sha256"] != TOPICS_SHA256:
@@ -289,6 +301,8 @@ def test_smollm2_reference_numbers(tmp_path):
     assert oracle["perplexity"] == pytest.approx(12.011, abs=0.05)
     assert low["perplexity"] == pytest.approx(10.787, abs=0.05)
     assert high["perplexity"] == pytest.approx(10.876, abs=0.05)
+    assert low["skipped"] == pytest.approx(0.33, abs=0.02)
+    assert high["skipped"] == pytest.approx(0.57, abs=0.02)
     # Top-p beats top-k at an equal share of kept pairs.
     assert top_p_half["density"] == pytest.approx(half["density"], rel=0.03)
     assert top_p_quarter["density"] == pytest.approx(quarter["density"], rel=0.03)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, MistralConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaForCausalLM
 from transformers.models.mistral import MistralForCausalLM
 
@@ -20,6 +21,7 @@ SIZES = dict(
     bos_token_id=1,
     eos_token_id=None,
 )
+WORDS = [f"w{i}" for i in range(50)]
 TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.bfloat16: dict(rtol=0.1, atol=0.1)}
 
 
@@ -52,3 +54,13 @@ def padding(lengths, width: int, side: str, device: str = "cpu") -> torch.Tensor
 def with_implementation(model, name: str):
     model.set_attn_implementation(name)
     return model
+
+
+def save(model, folder) -> str:
+    """The model with a tokenizer of 50 words, as a folder that --model takes."""
+    vocabulary = {word: place for place, word in enumerate(["<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)

@@ -144,7 +144,7 @@ def results() -> str:
 def demo() -> str:
     """The demo's tables, as its --json option wrote them."""
     parts = []
-    columns = ("method", "budget", "density", "perplexity", "attention ms", "vs dense", "vs SDPA")
+    numbers = ("density", "skipped", "perplexity", "attention ms", "vs dense", "vs SDPA")
     for _, run in files("demo.json"):
         title = (
             f"**{run['device']}**, `python -m attnsieve demo`: {run['model']}, {run['length']} "
@@ -155,6 +155,7 @@ def demo() -> str:
                 row["method"],
                 row["budget"],
                 f"{row['density']:.3f}",
+                skipped(row),
                 f"{row['perplexity']:.2f}",
                 number(row["attention_ms"]),
                 f"{row['speedup_vs_dense']:.2f}",
@@ -162,19 +163,26 @@ def demo() -> str:
             )
             for row in run["rows"]
         )
-        parts.append(f"{title}\n\n{table(columns, body)}")
+        parts.append(f"{title}\n\n{table(('method', 'budget', *numbers), body)}")
         if run.get("decode_rows"):
             parts.append(decode_steps(run))
     return "\n\n".join(parts) or NOTHING
 
 
+def skipped(row: dict) -> str:
+    """The share of tiles that a threshold skipped, empty in rows without one."""
+    return f"{row['skipped']:.3f}" if row.get("skipped") is not None else ""
+
+
 def decode_steps(run: dict) -> str:
     """The decode rows of one demo run."""
-    columns = ("decode method", "budget", "perplexity", "attention ms", "tokens/s", "vs dense")
+    numbers = ("perplexity", "attention ms", "tokens/s", "vs dense")
+    columns = ("decode method", "budget", "skipped", *numbers)
     body = (
         (
             row["method"],
             row["budget"],
+            skipped(row),
             f"{row['perplexity']:.2f}",
             number(row["attention_ms"]),
             number(row["tokens_per_s"]),

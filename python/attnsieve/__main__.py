@@ -1,4 +1,4 @@
-"""Command line: `python -m attnsieve demo | doctor`."""
+"""Command line: `python -m attnsieve demo | calibrate | doctor`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import sys
 
 USAGE = """usage: python -m attnsieve COMMAND [options]
 
-  demo     run a language model with sparse attention: density, perplexity, time (demo --help)
-  doctor   what is installed, what each op runs on, and why something is unavailable
+  demo       run a language model with sparse attention: density, perplexity, time (demo --help)
+  calibrate  find which threshold skips which share of a model's tiles (calibrate --help)
+  doctor     what is installed, what each op runs on, and why something is unavailable
 """
 
 
@@ -18,6 +19,10 @@ def main(argv: list[str] | None = None) -> int:
         from attnsieve.demo import main as demo
 
         return demo(arguments[1:])
+    if arguments and arguments[0] == "calibrate":
+        from attnsieve.calibrate import main as calibrate
+
+        return calibrate(arguments[1:])
     if arguments == ["doctor"]:
         from attnsieve.doctor import main as doctor
 

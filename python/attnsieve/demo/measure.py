@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
+from attnsieve import block_sparse_attention, threshold_attention
 from attnsieve.demo.errors import DemoError
 from attnsieve.demo.model import Subject, first_line
 from attnsieve.integrations.transformers import use
 from attnsieve.methods import BlockMethod, Method, OracleTopK, Threshold
-from attnsieve.ops import block_sparse_attention
-from attnsieve.ops_threshold import threshold_attention
 
 # Group and unit of the threshold rule: rows that share a decision.
 GROUP_ROWS = 64
@@ -34,6 +33,7 @@ class Result:
     """One row of the demo's table. Times are in milliseconds, summed over the model's layers.
 
     density: kept (query, key) pairs over the pairs a causal model may use, mean over layers.
+    skipped: skipped tiles over total ones, of all layers and heads together; threshold rows alone.
     attention_ms: selection and attention; the oracle's selection counts nowhere.
     select_ms: the part of attention_ms before attention proper.
     total_ms: the whole forward pass without the language-model head.
@@ -46,6 +46,7 @@ class Result:
     attention_ms: float
     select_ms: float
     total_ms: float
+    skipped: float | None = None
     speedup_vs_dense: float = math.nan
     speedup_vs_sdpa: float = math.nan
 
@@ -70,6 +71,21 @@ class TorchSdpa(Method):
         )
 
 
+@dataclass(frozen=True)
+class Call:
+    """One layer's attention as an observer sees it; ``mask``: causal, window, softmax_scale."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    sink: Tensor | None
+    mask: dict
+
+
+Observer = Callable[[Call], None]
+
+
 @dataclass
 class Meter(Method):
     """Runs another method and notes, per layer, its time and what it kept.
@@ -79,10 +95,11 @@ class Meter(Method):
     """
 
     method: Method
-    observe: Callable[[Tensor, Tensor, float], None] | None = None
+    observe: Observer | None = None
     marks: list[tuple] = field(default_factory=list)
     pauses: list[tuple] = field(default_factory=list)
     kept: list[Callable[[], float]] = field(default_factory=list)
+    counters: list[Tensor] = field(default_factory=list)
 
     min_seqlen_q = 0
 
@@ -112,6 +129,7 @@ class Meter(Method):
                 return_counters=True,
                 **mask,
             )
+            self.counters.append(counters)
             self.kept.append(lambda: _share_of_tiles(counters, seqlen_q, self.method.skip_block))
         else:
             selected = begin
@@ -120,7 +138,7 @@ class Meter(Method):
         end = mark(q.device)
         self.marks.append((begin, selected, end))
         if self.observe is not None:
-            self.observe(q, k, softmax_scale)
+            self.observe(Call(q, k, v, out, sink, mask))
             self.pauses.append((end, mark(q.device)))
         return out
 
@@ -132,6 +150,16 @@ class Meter(Method):
 
     def density(self) -> float:
         return statistics.fmean(kept() for kept in self.kept)
+
+    def skipped(self) -> float | None:
+        """Skipped tiles over total ones, None without a threshold."""
+        return skipped_share(self.counters) if self.counters else None
+
+
+def skipped_share(counters: Sequence[Tensor]) -> float:
+    """Skipped over total, of the (skipped, total) counters of several calls together."""
+    skipped, total = torch.stack([x.reshape(-1, 2).sum(0) for x in counters]).sum(0).tolist()
+    return skipped / total
 
 
 def mark(device: torch.device):
@@ -168,22 +196,22 @@ def measure(
     method: Method,
     *,
     repeats: int | None = None,
-    observe: Callable[[Tensor, Tensor, float], None] | None = None,
+    observe: Observer | None = None,
 ) -> dict:
     """Perplexity, density and median times of one method over ``ids``.
 
-    ``observe(q, k, softmax_scale)`` is called for each layer of the first run, off the clock.
+    ``observe`` is called for each layer of the first run, off the clock.
     """
     device = ids.device
     warm_up = ids if device.type == "cuda" else ids[:, :WARM_UP_TOKENS]
-    _forward(subject, warm_up, Meter(method))
+    forward(subject, warm_up, Meter(method))
     runs = []
     started = time.monotonic()
     while len(runs) < (repeats or DEFAULT_RUNS):
         if repeats is None and runs and time.monotonic() - started > DEFAULT_SECONDS:
             break
         meter = Meter(method, None if runs else observe)
-        hidden, total_ms = _forward(subject, ids, meter)
+        hidden, total_ms = forward(subject, ids, meter)
         select_ms, attention_ms, observed_ms = meter.times_ms()
         if isinstance(method, OracleTopK):
             # No one can have this selection; its cost says nothing about the method.
@@ -194,6 +222,7 @@ def measure(
     select_ms, attention_ms, total_ms = medians
     return dict(
         density=meter.density(),
+        skipped=meter.skipped(),
         perplexity=perplexity(subject, hidden, ids),
         attention_ms=attention_ms,
         select_ms=select_ms,
@@ -201,9 +230,9 @@ def measure(
     )
 
 
-def _forward(subject: Subject, ids: Tensor, meter: Meter) -> tuple[Tensor, float]:
+def forward(subject: Subject, ids: Tensor, method: Method) -> tuple[Tensor, float]:
     """Hidden states ``[L, hidden]`` of the decoder and the pass's time in milliseconds."""
-    with use(meter, subject.model), torch.inference_mode():
+    with use(method, subject.model), torch.inference_mode():
         begin = mark(ids.device)
         hidden = subject.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         end = mark(ids.device)
@@ -235,10 +264,10 @@ def check_subject(subject: Subject, ids: Tensor) -> int:
     prefix = ids[:, :WARM_UP_TOKENS]
     meter = Meter(TorchSdpa())
     try:
-        hidden, _ = _forward(subject, prefix, meter)
+        hidden, _ = forward(subject, prefix, meter)
         with use(meter, subject.model):
             logits = subject.model(input_ids=prefix, use_cache=False).logits[0, -1]
-        _forward(subject, prefix, Meter(Threshold(0.0)))
+        forward(subject, prefix, Meter(Threshold(0.0)))
     except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise DemoError(f"{subject.name} cannot run in the demo: {first_line(error)}") from error
     layers = len(meter.kept) // 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnsieve.demo.measure import TorchSdpa
+from attnsieve.demo.measure import Call, TorchSdpa
 from attnsieve.methods import Dense, Method, OracleTopK, PooledTopK, PooledTopP, Threshold
 from attnsieve.selection import pooled_block_scores, select_from_scores
 
@@ -39,10 +39,10 @@ class PooledScores:
         self.layers: list[Tensor] = []
         self.seqlen = 0
 
-    def observe(self, q: Tensor, k: Tensor, softmax_scale: float | None) -> None:
-        scores = pooled_block_scores(q, k, softmax_scale=softmax_scale)
-        self.layers.append(scores)
-        self.seqlen = q.shape[2]
+    def observe(self, call: Call) -> None:
+        scale = call.mask["softmax_scale"]
+        self.layers.append(pooled_block_scores(call.q, call.k, softmax_scale=scale))
+        self.seqlen = call.q.shape[2]
 
     def kept_blocks(self, method: PooledTopK | PooledTopP) -> int:
         """Blocks that ``method`` keeps over all layers and heads (64 x 64 blocks, causal)."""

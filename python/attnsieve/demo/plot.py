@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnsieve.demo.decode import DECODE_FAMILIES, DENSE_DECODE, DecodeResult
+from attnsieve.demo.decode import DECODE_FAMILIES, DENSE_DECODE, TWO_PHASE, DecodeResult
 from attnsieve.demo.measure import Result
 from attnsieve.demo.plan import DENSE, FAMILIES, SDPA
 
@@ -22,6 +22,8 @@ DECODE_STYLES = {
     DECODE_FAMILIES["delta"]: ("#009E73", "^"),
     DECODE_FAMILIES["recycled"]: ("#CC79A7", "v"),
     DECODE_FAMILIES["tokenselect"]: ("#E69F00", "D"),
+    DECODE_FAMILIES["threshold"]: ("#56B4E9", "P"),
+    TWO_PHASE: ("#000000", "X"),
 }
 
 
@@ -84,18 +86,18 @@ def _draw_prefill(quality, speed, results: Sequence[Result]) -> None:
 def _draw_decode(quality, speed, decoded: Sequence[DecodeResult]) -> None:
     dense = next(result for result in decoded if result.method == DENSE_DECODE)
     for name, look in DECODE_STYLES.items():
-        rows = sorted((r for r in decoded if r.method == name), key=lambda r: int(r.budget))
+        rows = sorted((r for r in decoded if r.method == name), key=lambda r: r.keys)
         if not rows:
             continue
-        budgets = [int(row.budget) for row in rows]
-        _line(quality, budgets, [row.perplexity for row in rows], name, look)
-        _line(speed, budgets, [row.speedup_vs_dense for row in rows], name, look)
+        keys = [row.keys for row in rows]
+        _line(quality, keys, [row.perplexity for row in rows], name, look)
+        _line(speed, keys, [row.speedup_vs_dense for row in rows], name, look)
     rate = f"dense, {dense.tokens_per_s:.1f} tokens/s"
     _frame(quality, "perplexity of decode steps", dense.perplexity, "dense")
     _frame(speed, "tokens per second over dense decode", 1.0, rate)
     for axes in (quality, speed):
         axes.set_xlim(left=0)
-        axes.set_xlabel("budget (keys that a sparse layer keeps)")
+        axes.set_xlabel("keys that a sparse layer keeps (thresholds: on average)")
     speed.set_ylim(bottom=0)
 
 

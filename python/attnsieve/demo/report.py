@@ -16,18 +16,20 @@ COLUMNS = (
     "method",
     "budget",
     "density",
-    "perplexity",
+    "skipped",
+    "ppl",
     "attn ms",
     "vs dense",
     "vs SDPA",
-    "total ms",
+    "all ms",
 )
 DECODE_COLUMNS = (
     "method",
     "budget",
-    "perplexity",
-    "attn ms/token",
-    "ms/token",
+    "skipped",
+    "ppl",
+    "attn ms",
+    "all ms",
     "tokens/s",
     "vs dense",
 )
@@ -72,6 +74,7 @@ def cells(result: Result) -> tuple[str, ...]:
         result.method,
         result.budget,
         f"{result.density:.3f}",
+        _share(result.skipped),
         f"{result.perplexity:.3f}",
         _milliseconds(result.attention_ms),
         f"{result.speedup_vs_dense:.2f}x",
@@ -85,6 +88,7 @@ def decode_cells(result: DecodeResult) -> tuple[str, ...]:
     return (
         result.method,
         result.budget,
+        _share(result.skipped),
         f"{result.perplexity:.3f}",
         _milliseconds(result.attention_ms),
         _milliseconds(result.total_ms),
@@ -93,14 +97,22 @@ def decode_cells(result: DecodeResult) -> tuple[str, ...]:
     )
 
 
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str]
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    notes: Sequence[str],
+    left: int = 2,
 ) -> None:
-    """A table and its notes on stdout; the first two columns are left-aligned."""
+    """A table and its notes on stdout; the first ``left`` columns are left-aligned."""
     if _has_rich():
         from rich import box
         from rich.console import Console
@@ -108,9 +120,8 @@ def print_table(
 
         # Without padding the columns fit a terminal of 80.
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-        for column in columns:
-            left = column in ("method", "budget")
-            table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        for place, column in enumerate(columns):
+            table.add_column(column, justify="left" if place < left else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         console = Console()
@@ -122,7 +133,7 @@ def print_table(
         print(title)
         for row in lines:
             texts = (
-                text.ljust(width) if place < 2 else text.rjust(width)
+                text.ljust(width) if place < left else text.rjust(width)
                 for place, (text, width) in enumerate(zip(row, widths, strict=True))
             )
             print("  ".join(texts).rstrip())

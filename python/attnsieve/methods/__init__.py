@@ -16,7 +16,7 @@ from attnsieve.methods.oracle import OracleTopK, block_mass
 from attnsieve.methods.pooled import PooledTopK, PooledTopP
 from attnsieve.methods.quest import Quest
 from attnsieve.methods.recycled import Recycled
-from attnsieve.methods.threshold import Threshold
+from attnsieve.methods.threshold import Threshold, ThresholdDecode
 from attnsieve.methods.tidaldecode import TidalDecode
 from attnsieve.methods.tokenselect import TokenSelect
 
@@ -35,6 +35,7 @@ __all__ = [
     "Quest",
     "Recycled",
     "Threshold",
+    "ThresholdDecode",
     "TidalDecode",
     "TokenSelect",
     "block_mass",
