@@ -94,9 +94,11 @@ def threshold_decode(choice) -> Iterator[dict]:
             q, k = coded_queries(q, GROUP), coded_keys(k, share)
             kwargs = dict(phase="decode")
             runs = {
-                mode: (lambda mode=mode: attnsieve.threshold_attention(
-                    q, k, v, LAMBDA, two_phase=mode, return_counters=True, **kwargs
-                ))
+                mode: (
+                    lambda mode=mode: attnsieve.threshold_attention(
+                        q, k, v, LAMBDA, two_phase=mode, return_counters=True, **kwargs
+                    )
+                )
                 for mode in (False, True)
             }
             shares = {mode: skipped_share(run()[-1]) for mode, run in runs.items()}

@@ -220,9 +220,7 @@ class TestCommand:
     def _setting(self, tmp_path, monkeypatch):
         pytest.importorskip("transformers")
         import tiny_models
-        from threshold_stand_in import install
 
-        install(monkeypatch)
         tokens = dict(vocab_size=51, bos_token_id=None, pad_token_id=None)
         # Logits that spread enough for shares between none and all.
         model = tiny_models.llama(**tokens, initializer_range=0.08)

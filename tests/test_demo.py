@@ -22,16 +22,10 @@ from attnsieve.demo import model as demo_model
 from attnsieve.demo.measure import Result
 from attnsieve.demo.plan import DENSE, FAMILIES, SDPA
 from attnsieve.demo.plot import write_plot
-from threshold_stand_in import install
 from tiny_models import WORDS, save
 
 # The default text of Python 3.11, which the reference numbers belong to.
 TOPICS_SHA256 = "2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4"
-
-
-@pytest.fixture(autouse=True)
-def _decode_threshold(monkeypatch):
-    install(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -133,8 +133,8 @@ def test_target_sparsity_in_decode(device, calibrated, cache, two_phase):
 
 
 def test_splits():
-    assert attnsieve.threshold_splits(1, 131072, 128) == 128
-    assert attnsieve.threshold_splits(1, 1000, 128) == 8
+    assert attnsieve.threshold_splits(1, 131072, 128) == 64  # 16 tiles each
+    assert attnsieve.threshold_splits(1, 1000, 128) == 1
     assert attnsieve.threshold_splits(32, 131072, 128) == 32
     assert attnsieve.threshold_splits(64, 131072, 128) == 16
     assert attnsieve.threshold_splits(264, 131072, 128) == 4

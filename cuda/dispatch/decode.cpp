@@ -1,31 +1,13 @@
 // decode on CUDA: run-time values -> one compiled kernel, and the layout of its workspace.
-#include <cuda_runtime.h>
-
 #include <string>
 
 #include "attnsieve/launch.h"
-#include "cuda/common/cuda_check.h"
+#include "cuda/dispatch/decode_arguments.h"
 #include "cuda/dispatch/device.h"
 #include "cuda/dispatch/instantiations.h"
-#include "cuda/sm80/decode/arguments.h"
 
 namespace attnsieve::cuda {
 namespace {
-
-// Partial results of chunks, then the counters. Items of one chunk leave nothing.
-struct Workspace {
-  Workspace(const DecodePlan& plan, int64_t head_dim) {
-    if (plan.max_chunks == 1 || plan.ranks > 0) return;
-    const auto aligned = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
-    const size_t columns = size_t{1} * plan.items * plan.max_chunks * plan.columns;
-    state = aligned(columns * head_dim * sizeof(float));
-    arrivals = state + aligned(columns * sizeof(float2));
-    bytes = arrivals + plan.items * sizeof(unsigned);
-  }
-  size_t state = 0;  // offsets; partial outputs are at 0
-  size_t arrivals = 0;
-  size_t bytes = 0;
-};
 
 template <class Element, class Stored, int kHeadDim>
 void launch(const sm80::DecodeArguments& arguments, int num_sms, void* stream) {
@@ -58,15 +40,11 @@ void launch(const sm80::DecodeArguments& arguments, int num_sms, void* stream) {
   }
 }
 
-bool is_empty(const DecodeProblem& problem) {
-  return problem.batch == 0 || problem.seqlen_q == 0 || problem.num_heads == 0;
-}
-
 }  // namespace
 
 size_t decode_workspace_bytes(const DecodeProblem& problem) {
   if (is_empty(problem)) return 0;
-  return Workspace(plan_decode(problem, dispatch_device()), problem.head_dim).bytes;
+  return DecodeWorkspace(plan_decode(problem, dispatch_device()), problem.head_dim).bytes;
 }
 
 void decode(const DecodeProblem& problem, void* stream) {
@@ -76,26 +54,8 @@ void decode(const DecodeProblem& problem, void* stream) {
   if (device.compute_capability < 80) {
     throw Unsupported("decode needs a GPU of compute capability 8.0 or newer");
   }
-  sm80::DecodeArguments arguments{};
-  arguments.problem = problem;
-  arguments.plan = plan_decode(problem, device);
-  if (problem.index.given()) {
-    arguments.index_page = cutlass::FastDivmod(static_cast<int>(problem.index.page_size));
-  }
-  if (problem.paged.block_table != nullptr) {
-    arguments.cache_page = cutlass::FastDivmod(problem.paged.page_size);
-  }
-  const Workspace workspace(arguments.plan, problem.head_dim);
-  if (workspace.bytes > 0) {
-    auto* const base = static_cast<char*>(problem.workspace);
-    if (base == nullptr) throw InvalidArgument("decode: the problem needs a workspace");
-    arguments.partial_out = reinterpret_cast<float*>(base);
-    arguments.partial_state = reinterpret_cast<float2*>(base + workspace.state);
-    arguments.arrivals = reinterpret_cast<unsigned*>(base + workspace.arrivals);
-    check_cuda(cudaMemsetAsync(arguments.arrivals, 0, workspace.bytes - workspace.arrivals,
-                               static_cast<cudaStream_t>(stream)),
-               "decode: zero the counters");
-  }
+  const sm80::DecodeArguments arguments =
+      decode_arguments("decode", problem, plan_decode(problem, device), stream);
   switch (problem.dtype) {
     case DType::kFloat16: return launch<cute::half_t>(arguments, device.num_sms, stream);
     case DType::kBFloat16: return launch<cute::bfloat16_t>(arguments, device.num_sms, stream);

@@ -36,6 +36,11 @@ void launch_decode(const DecodeArguments& arguments, int num_sms, void* stream);
 template <class Element, class Stored, int kHeadDim>
 std::vector<KernelEntry> decode_entries();
 
+template <class Element, class Stored, int kHeadDim>
+void launch_threshold_decode(const DecodeArguments& arguments, void* stream);
+template <class Element, class Stored, int kHeadDim>
+std::vector<KernelEntry> threshold_decode_entries();
+
 void launch_merge_states(const MergeProblem& problem, void* stream);
 std::vector<KernelEntry> merge_states_entries();
 

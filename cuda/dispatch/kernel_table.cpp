@@ -16,6 +16,8 @@ void append(std::vector<KernelEntry>& table, const std::string& prefix,
 template <class Element, class Stored, int kHeadDim>
 void append_decode(std::vector<KernelEntry>& table, const std::string& what) {
   append(table, "decode sm_80 " + what, sm80::decode_entries<Element, Stored, kHeadDim>());
+  append(table, "threshold_decode sm_80 " + what,
+         sm80::threshold_decode_entries<Element, Stored, kHeadDim>());
 #if ATTNSIEVE_SM90
   append(table, "decode sm_90 " + what + " list",
          sm90::decode_lists_entries<Element, Stored, kHeadDim>());

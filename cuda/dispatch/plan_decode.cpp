@@ -7,11 +7,10 @@
 
 namespace attnsieve::cuda {
 
-DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
-  constexpr int kMaxColumns = 16;  // two MMA tiles: more would not leave room for the output
-  constexpr int64_t kTileKeys = 16;
-  constexpr int64_t kChunkUnit = 64;  // a tile for each of four warps
-  constexpr int64_t kMinChunk = 2 * kChunkUnit;
+namespace {
+
+// Items and what they share; chunks are the callers'.
+DecodePlan plan_items(const DecodeProblem& problem) {
   constexpr int64_t kMaxCount = std::numeric_limits<int>::max() / kMaxDecodeSplits;
   DecodePlan plan;
   plan.rows = problem.index.per_row() ? 1 : static_cast<int>(problem.seqlen_q);
@@ -19,7 +18,8 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
   plan.shared_heads = problem.index.given()
                           ? std::min(plan.group_size, problem.index.heads_per_list)
                           : plan.group_size;
-  plan.heads = std::min(plan.shared_heads, kMaxColumns / plan.rows);
+  // Two MMA tiles of query vectors: more would not leave room for the output.
+  plan.heads = std::min(plan.shared_heads, kMaxDecodeGroup / plan.rows);
   plan.columns = plan.heads * plan.rows;
   plan.items_per_group = (plan.shared_heads + plan.heads - 1) / plan.heads;
   const int64_t per_row = problem.num_heads / plan.shared_heads * plan.items_per_group;
@@ -31,6 +31,30 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
   plan.items_per_row = static_cast<int>(per_row);
   plan.items_per_batch = static_cast<int>(per_batch);
   plan.items = static_cast<int>(problem.batch * per_batch);
+  return plan;
+}
+
+// Slots are counted up to four tiles a warp beyond the last.
+constexpr int64_t kMaxSlots = std::numeric_limits<int>::max() - 1024;
+
+}  // namespace
+
+DecodePlan plan_threshold_decode(const DecodeProblem& problem) {
+  constexpr int kSplitsPerCta = 4;  // one a warp
+  if (problem.seqlen_k > kMaxSlots) {
+    throw InvalidArgument("threshold_decode: a cache of " + std::to_string(problem.seqlen_k) +
+                          " keys, at most " + std::to_string(kMaxSlots) + " are supported");
+  }
+  DecodePlan plan = plan_items(problem);
+  plan.max_chunks = (problem.num_splits + kSplitsPerCta - 1) / kSplitsPerCta;
+  return plan;
+}
+
+DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
+  constexpr int64_t kTileKeys = 16;
+  constexpr int64_t kChunkUnit = 64;  // a tile for each of four warps
+  constexpr int64_t kMinChunk = 2 * kChunkUnit;
+  DecodePlan plan = plan_items(problem);
   int64_t slots = problem.seqlen_k;
   if (problem.index.given()) {
     slots = problem.index.capacity * problem.index.page_size;
@@ -38,8 +62,6 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
     slots += problem.dense_begin != nullptr ? problem.seqlen_k
                                             : std::min(problem.recent, problem.seqlen_k);
   }
-  // Slots are counted up to four tiles a warp beyond the last.
-  constexpr int64_t kMaxSlots = std::numeric_limits<int>::max() - 1024;
   if (slots > kMaxSlots) {
     throw InvalidArgument("decode: a list and a dense range of " + std::to_string(slots) +
                           " keys, at most " + std::to_string(kMaxSlots) + " are supported");
@@ -54,6 +76,7 @@ DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device) {
   // Without a wish about two chunks for every SM of a large GPU where there is one sequence.
   constexpr int64_t kWantedChunks = 256;
   constexpr int64_t kMinSplits = 4;
+  const int64_t per_batch = plan.items_per_batch;
   int64_t splits = (kWantedChunks + per_batch - 1) / std::max<int64_t>(1, per_batch);
   splits = std::max(kMinSplits, std::min<int64_t>(splits, kMaxDecodeSplits));
   if (problem.num_splits > 0) splits = problem.num_splits;

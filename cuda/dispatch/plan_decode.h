@@ -31,6 +31,9 @@ struct DecodePlan {
   std::string to_string() const;
 };
 
+// For threshold_decode: the same items; the chunks of one are the results of CTAs of four splits.
+DecodePlan plan_threshold_decode(const DecodeProblem& problem);
+
 // Throws InvalidArgument where items, or the keys of one, exceed what 32 bits count.
 DecodePlan plan_decode(const DecodeProblem& problem, const DeviceInfo& device);
 

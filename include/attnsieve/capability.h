@@ -60,7 +60,8 @@ inline const std::vector<Capability>& capabilities() {
       "everything, TokenIndex (tokens, pages, slots), dense range, 1 to 8 rows, GQA, paged (any "
       "page_size), float8_e4m3 cache, lse, sink";
   static const char* const kThresholdDecodeFeatures =
-      "lambda per sequence or query head, splits, counters, 1 to 8 rows, GQA, contiguous, paged (any "
+      "lambda per sequence or query head, splits, counters, 1 to 8 rows, GQA, contiguous, paged "
+      "(any "
       "page_size), float8_e4m3 cache, lse, sink";
   static const char* const kDecodeClusterFeatures =
       "lists of few keys by thread block clusters; the rest as sm_80";

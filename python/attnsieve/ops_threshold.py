@@ -37,13 +37,15 @@ _MAX_GROUP = 16  # kMaxDecodeGroup and kMaxDecodeSplits of include/attnsieve/pro
 _MAX_SPLITS = 128
 _SLOTS = 264  # CTAs that run at once: two on each of 132 SMs
 _CTA_SPLITS = 4  # splits of one CTA
+_SPLIT_TILES = 16  # at least, of which a split keeps one whatever the rule says
 
 
 def threshold_splits(num_groups: int, capacity: int, skip_block: int = SKIP_BLOCK) -> int:
     """S, the visiting sequences that :func:`threshold_attention` deals a decode step's tiles to.
 
     A function of shapes alone, the same on every device: enough splits for every group of query
-    vectors to fill a GPU of 132 SMs, four to a thread block, and none without a tile.
+    vectors to fill a GPU of 132 SMs, four to a thread block, but no more than leave each 16 tiles of
+    a full cache: a split keeps its first tile and knows the maxima of its own alone.
 
     Args:
         num_groups: ``B * Hkv * ceil(G / min(G, 16 // Sq))`` with ``G = Hq // Hkv``.
@@ -54,7 +56,7 @@ def threshold_splits(num_groups: int, capacity: int, skip_block: int = SKIP_BLOC
     per_group = max(1, _SLOTS // num_groups)  # thread blocks
     if num_groups > _SLOTS:
         per_group = min(range(1, 5), key=lambda n: -(-num_groups * n // _SLOTS) / n)
-    return min(_CTA_SPLITS * per_group, _MAX_SPLITS, max(1, -(-capacity // skip_block)))
+    return min(_CTA_SPLITS * per_group, _MAX_SPLITS, max(1, capacity // skip_block // _SPLIT_TILES))
 
 
 def threshold_attention(
@@ -127,10 +129,10 @@ def threshold_attention(
             some row of some query head of its KV head ``m_tile - m_all >= min(ln(lambda), 0)``,
             ``m_all`` the row's maximum over all it sees. Skips at least what one phase skips for
             groups of whole KV heads and lambda <= 1; reads K twice. NaN keeps every tile.
-        num_splits: decode: 1 to 128 visiting sequences. Default
+        num_splits: decode: 1 to 128 visiting sequences. Default: the calibration's, without one
             ``threshold_splits(B * Hkv * ceil(G / min(G, 16 // Sq)), capacity, skip_block)``, which
             depends on the batch size: pin it where results must not. A split keeps its first tile,
-            so with as many splits as tiles nothing is skipped. With ``two_phase``, and where
+            so the fewer, the more is skipped. With ``two_phase``, and where
             ``threshold`` is None, it is that of :func:`decode`: no decision depends on it.
         causal: query row i sees keys ``j <= i + Sk - Sq`` (decode: T for Sk).
         window, cu_seqlens_q, cu_seqlens_k: prefill: as in :func:`block_sparse_attention`.
@@ -173,8 +175,11 @@ def threshold_attention(
             raise ValueError(
                 "target_sparsity, calibration: give both and no threshold, or neither of them"
             )
+        calibration = _calibration(calibration)
         lengths = _key_lengths(k, phase, cu_seqlens_k, block_table, seq_lens)
-        threshold = _scale_factor(calibration, phase, target_sparsity) / lengths
+        threshold = calibration.scale(phase, target_sparsity) / lengths
+        if phase == "decode" and num_splits is None and not two_phase:
+            num_splits = calibration.num_splits
     if threshold is None:
         for name, given in (("return_counters", return_counters), ("two_phase", two_phase)):
             if given:
@@ -231,7 +236,7 @@ def _key_lengths(
     return capacity if seq_lens is None else seq_lens.clamp(1, capacity).float().unsqueeze(1)
 
 
-def _scale_factor(calibration, phase: str, target_sparsity: float) -> float:
+def _calibration(calibration) -> Calibration:
     from attnsieve.calibration import Calibration  # reads files; few calls need it
 
     if isinstance(calibration, str | os.PathLike):
@@ -240,7 +245,7 @@ def _scale_factor(calibration, phase: str, target_sparsity: float) -> float:
         raise TypeError(
             f"calibration: expected a path or a Calibration, got {type(calibration).__name__}"
         )
-    return calibration.scale(phase, target_sparsity)
+    return calibration
 
 
 def _attend(q, k, v, index, lambdas, skip_block, options, validate):

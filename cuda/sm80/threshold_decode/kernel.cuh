@@ -32,8 +32,8 @@ struct ThresholdStorage {
 __device__ __forceinline__ float column_threshold(const Threshold& t, const DecodeItem& item,
                                                   int column) {
   if (t.per_head == nullptr) return t.value;
-  return t.per_head[item.batch * t.stride_batch +
-                    (item.head + column % item.heads) * t.stride_head];
+  return t
+      .per_head[item.batch * t.stride_batch + (item.head + column % item.heads) * t.stride_head];
 }
 
 template <class Types, int kHeadDim, int kColumnTiles>

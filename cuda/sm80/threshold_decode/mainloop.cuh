@@ -27,6 +27,7 @@ struct ThresholdStages {
   };
   int key_positions[kThresholdStages][kTileKeys];
   int value_positions[kThresholdStages][kTileKeys];
+  float vote_max[Config::kColumns];  // over the tiles kept so far
 };
 
 template <class Config>
@@ -57,7 +58,7 @@ class ThresholdWarp : DecodeColumns<Config> {
     Cursor ahead{split, 0};  // what is loaded next
     Base::load_queries();
 #pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i) vote_max_[i] = negative_infinity();
+    for (int i = 0; i < kLaneColumns; ++i) vote_max(i) = negative_infinity();
     KeyPlace next = place_in(ahead);
     const auto load_next = [&](int stage) {
       load(smem_.keys[stage], smem_.key_positions[stage], next, task_->k);
@@ -92,7 +93,7 @@ class ThresholdWarp : DecodeColumns<Config> {
         continue;
       }
 #pragma unroll
-      for (int i = 0; i < kLaneColumns; ++i) vote_max_[i] = max_nan(vote_max_[i], maxima[i]);
+      for (int i = 0; i < kLaneColumns; ++i) vote_max(i) = max_nan(vote_max(i), maxima[i]);
       Base::rescale(maxima, result);
       attend(visit, scores, result);
       if constexpr (kParks) Base::load_queries();  // no registers for them meanwhile
@@ -148,8 +149,8 @@ class ThresholdWarp : DecodeColumns<Config> {
     for (int pass = 0; pass < kTileKeys / kPassRows; ++pass) {
       const int row = pass * kPassRows + lane / Config::kRowChunks;
       const auto from = __shfl_sync(0xffffffffu, address, row) + chunk * 16;
-      cp_async_16_or_zero(rows + Config::offset(row, chunk),
-                          reinterpret_cast<const void*>(from), mask >> row & 1u);
+      cp_async_16_or_zero(rows + Config::offset(row, chunk), reinterpret_cast<const void*>(from),
+                          mask >> row & 1u);
     }
     cp_async_commit();
   }
@@ -190,12 +191,15 @@ class ThresholdWarp : DecodeColumns<Config> {
     }
   }
 
-  __device__ bool vetoes(const float (&maxima)[kLaneColumns]) const {
+  // All lanes of a column write the same, and read what they wrote.
+  __device__ float& vote_max(int i) { return smem_.vote_max[Base::column_of(i / 2, i % 2)]; }
+
+  __device__ bool vetoes(const float (&maxima)[kLaneColumns]) {
     bool veto = false;
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i) {
       veto |= limit_[i] != Base::kNoColumn &&
-              attnsieve::row_vetoes(maxima[i], vote_max_[i], scale_log2_,
+              attnsieve::row_vetoes(maxima[i], vote_max(i), scale_log2_,
                                     log2_lambda_[Base::column_of(i / 2, i % 2)]);
     }
     return __any_sync(0xffffffffu, veto);
@@ -218,7 +222,10 @@ class ThresholdWarp : DecodeColumns<Config> {
     for (int step = 0; step < kMaxTileSteps; ++step) {
       if (step >= tile_steps_) break;
       Scores& own = scores[kParks ? 0 : step];
-      if constexpr (kParks) fetch_parked(step, own);
+      if constexpr (kParks) {
+        fetch_parked(step, own);
+        asm volatile("" ::: "memory");  // not ahead of the others: registers
+      }
       Base::weigh(own, result.softmax);
       Base::round(own, weights[step]);
     }
@@ -265,7 +272,6 @@ class ThresholdWarp : DecodeColumns<Config> {
   int tile_steps_;
   int tiles_;
   int skipped_ = 0;
-  float vote_max_[kLaneColumns];  // over the tiles kept so far
 };
 
 }  // namespace attnsieve::sm80

@@ -59,9 +59,8 @@ void visit_kernels(const Visit& visit) {
   visit(KernelOf<SingleConfig<Element, kHeadDim, kInterleaved, true>, kList>{});
   if constexpr (kList) {
     // Where a self-fed warpgroup's tiles fit three times: wider outputs have too few registers.
-    using Solo =
-        std::conditional_t<kHeadDim <= 128, SoloConfig<Element, kHeadDim, kInterleaved>,
-                           SingleConfig<Element, kHeadDim, kInterleaved, false>>;
+    using Solo = std::conditional_t<kHeadDim <= 128, SoloConfig<Element, kHeadDim, kInterleaved>,
+                                    SingleConfig<Element, kHeadDim, kInterleaved, false>>;
     visit(KernelOf<Solo, kList>{});
     if constexpr (kWideVotes) {
       visit(KernelOf<VotedPairOfSteps<Element, kHeadDim, kInterleaved>, kList>{});
@@ -99,8 +98,7 @@ std::vector<KernelEntry> attend_entries() {
     using Kernel = decltype(kernel);
     using Config = typename Kernel::Config;
     entries.push_back({std::to_string(Config::kWarpgroups * kWarpgroupRows) + "x" +
-                           std::to_string(Config::kTileN) +
-                           (Config::kVoted ? " threshold" : ""),
+                           std::to_string(Config::kTileN) + (Config::kVoted ? " threshold" : ""),
                        reinterpret_cast<const void*>(Kernel::kKernel), Config::kThreads,
                        sizeof(typename Config::SharedStorage)});
   });

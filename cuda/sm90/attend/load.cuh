@@ -198,7 +198,6 @@ class TileProducer : TileComposer<Config, BlockIterator> {
         complete &= verdict != Verdict::kOpen;
       }
       if (complete || (any && kept != 0)) return kept;
-      __nanosleep(40);
     }
   }
   static __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarpThreads; }

@@ -41,6 +41,7 @@ class AttendMainloop {
   using FragmentP =
       decltype(make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<Config::kStepKeys / 16>>{}));
   using Softmax = OnlineSoftmax<2>;
+  using Ballot = attnsieve::sm90::Ballot<Config>;
 
   __device__ AttendMainloop(const AttendArguments& arguments, SharedStorage& smem)
       : a_(arguments),
@@ -197,42 +198,42 @@ class AttendMainloop {
       if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
 
       bool kept = true;
-#pragma unroll 1
-      while (left > 0 && await_keys() == 0) {
-        const Order order(left);
-        issue_qk(acc_s);
-        smem_.v_full[v_.slot].wait(v_.phase);
-        issue_pv<0>(weights, acc_o);
+#ifndef NO_PEEL
+      // The next tile's fate is open: its vote comes first.
+      if (left > 0 && await_keys() == 0) {
+        overlap_products(acc_s, weights, acc_o);
         --left;
-        warpgroup_wait<1>();
-        warpgroup_fence_operand(acc_s);
+        kept = decide(acc_s, ballot, true);
+        if (kept) {
+          const Order order(left + 1);
+          auto row0 = softmax.begin(0, quad_max(ballot.lane_max[0]), scale_log2_);
+          softmax.weigh(0, row0, scores, scale_log2_);
+          auto row1 = softmax.begin(1, quad_max(ballot.lane_max[1]), scale_log2_);
+          finish_tile(order, ballot, softmax, row0, row1, acc_s, weights, acc_o);
+        }
+      }
+#endif
+#pragma unroll 1
+      while (kept && left > 0 && await_keys() == 0) {
+        const Order order(left);
+        overlap_products(acc_s, weights, acc_o);
+        --left;
         take_scores(ballot);
-        // The vote counts on the tile being kept: row 0 is weighed before it is known.
+        // The tile will be kept, like the one before: row 0 is weighed before the vote is known.
+        const Softmax before = softmax;
         const float row0_lane_max = lane_maximum<Config>(acc_s, 0, 0);
-        const float old_max = softmax.row_max[0];
-        const float old_sum = softmax.row_sum[0];
         auto row0 = softmax.begin(0, quad_max(row0_lane_max), scale_log2_);
         scores(1, 0) = order.after(scores(1, 0), row0.base);
         softmax.weigh(0, row0, scores, scale_log2_);
         const float row1_lane_max = lane_maximum<Config>(acc_s, 0, 1);
+        auto row1 = softmax.begin(1, quad_max(row1_lane_max), scale_log2_);
         kept = confer(ballot, __any_sync(0xffffffffu, !(row0_lane_max < ballot.limit[0]) |
                                                           !(row1_lane_max < ballot.limit[1])));
         if (!kept) {
-          softmax.row_max[0] = old_max;
-          softmax.row_sum[0] = old_sum;
+          softmax = before;
           break;
         }
-        auto row1 = softmax.begin(1, quad_max(row1_lane_max), scale_log2_);
-        order.complete(softmax.row_sum[0]);
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(acc_o);
-        release_values();
-        row1.base = order.after(row1.base, acc_o(0));
-        softmax.weigh(1, row1, scores, scale_log2_);
-        ballot.raise(softmax);
-        round_weights(acc_s, weights);
-        rescale_output(acc_o, {row0.rescale, row1.rescale});
-        v_ = ballot.at;
+        finish_tile(order, ballot, softmax, row0, row1, acc_s, weights, acc_o);
       }
       if (kept) {
         smem_.v_full[v_.slot].wait(v_.phase);
@@ -245,6 +246,31 @@ class AttendMainloop {
       release_values();
     }
     policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
+  }
+
+  // Q K^T of the next tile and P V of the one kept last, until the scores are complete.
+  __device__ void overlap_products(FragmentS& acc_s, FragmentP& weights, FragmentO& acc_o) {
+    issue_qk(acc_s);
+    smem_.v_full[v_.slot].wait(v_.phase);
+    issue_pv<0>(weights, acc_o);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(acc_s);
+  }
+
+  // From the weights of row 0 to those of the tile, and O relative to its maxima.
+  __device__ void finish_tile(const Order& order, Ballot& ballot, Softmax& softmax,
+                              typename Softmax::Row& row0, typename Softmax::Row& row1,
+                              FragmentS& acc_s, FragmentP& weights, FragmentO& acc_o) {
+    order.complete(softmax.row_sum[0]);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc_o);
+    release_values();
+    row1.base = order.after(row1.base, acc_o(0));
+    softmax.weigh(1, row1, rows_columns<Config::kStepKeys>(acc_s, 0), scale_log2_);
+    ballot.raise(softmax);
+    round_weights(acc_s, weights);
+    rescale_output(acc_o, {row0.rescale, row1.rescale});
+    v_ = ballot.at;
   }
 
   // Two softmax steps of a tile, one after the other; values are used right after the vote.
@@ -280,42 +306,6 @@ class AttendMainloop {
     policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
   }
 
-  // What a warpgroup remembers from vote to vote of an item.
-  struct Ballot {
-    float limit[2];  // a score of a row that is not below keeps the tile
-    float floor[2];
-    float offset;  // ln(lambda) in unscaled logits
-    uint32_t address;  // of the warp's vote in the first slot; 0 in lanes that do not cast it
-    int skipped = 0;  // tiles of the item
-    int unseen = 0;
-    // Of the tile voted on last:
-    RingPosition<Config::kValueSlots> at{0};
-    float lane_max[2];  // of the keys that the lane holds
-
-    // A row that does not exist has no vote. Masked scores, -inf, have none but where everything is
-    // kept.
-    __device__ Ballot(const Rows& rows, const SkipPolicy& policy, const uint32_t* words)
-        : offset(policy.offset()) {
-      const int thread = opaque_thread() % kWarpgroupThreads;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = rows.begin + row_of(thread, half);
-        floor[half] =
-            row >= 0 && row < rows.end ? policy.lowest_limit() : -negative_infinity();
-        limit[half] = negative_infinity();
-      }
-      address = thread % kWarpThreads == 0 ? shared_address(words) + thread / kWarpThreads : 0;
-    }
-    // To the maxima of the kept tiles.
-    __device__ void raise(const Softmax& softmax) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) limit[row] = fmaxf(softmax.row_max[row] + offset, floor[row]);
-    }
-    __device__ void cast(bool veto) const {
-      if (address != 0) cast_vote(address + at.slot * sizeof(uint32_t), at.phase, veto);
-    }
-  };
-
   // Waits for the keys of the next tile. Its flags.
   __device__ int await_keys() {
     smem_.k_full[k_.slot].wait(k_.phase);
@@ -335,8 +325,8 @@ class AttendMainloop {
     take_scores(ballot);
     ballot.lane_max[0] = lane_tile_maximum(acc_s, 0);
     ballot.lane_max[1] = lane_tile_maximum(acc_s, 1);
-    const bool mine = seen & (!(ballot.lane_max[0] < ballot.limit[0]) |
-                              !(ballot.lane_max[1] < ballot.limit[1]));
+    const bool mine =
+        seen & (!(ballot.lane_max[0] < ballot.limit[0]) | !(ballot.lane_max[1] < ballot.limit[1]));
     const bool kept = named_barrier_any(kWarpgroupBarrier + warpgroup_, kWarpgroupThreads, mine);
     ballot.cast(kept);
     return kept;
@@ -480,7 +470,8 @@ class AttendMainloop {
   __device__ bool found_non_finite() {
     if constexpr (Config::kSelfFed) {
       smem_.v_full[v_.slot].wait(v_.phase);
-      const bool found = holds_non_finite<Config, kWarpgroupThreads>(smem_, value_stage(), threadIdx.x);
+      const bool found =
+          holds_non_finite<Config, kWarpgroupThreads>(smem_, value_stage(), threadIdx.x);
       return named_barrier_any(kWarpgroupBarrier, kWarpgroupThreads, found);
     } else {
       smem_.check_done[check_.slot].wait(check_.phase);
@@ -497,7 +488,7 @@ class AttendMainloop {
   __device__ void pass_turn() const {
     named_barrier_arrive(kTurnBarrier + 1 - warpgroup_, Config::kConsumerThreads);
   }
-    static constexpr bool kTakesTurns = !Config::kVoted && Config::kWarpgroups == 2;
+  static constexpr bool kTakesTurns = !Config::kVoted && Config::kWarpgroups == 2;
   // Where the weights cost more than the MMAs, or other CTAs of the SM fill the tensor cores
   // meanwhile, ptxas's order is the faster one.
   static constexpr bool kPinned = !Config::kSelfFed && Config::kHeadDim > 64;

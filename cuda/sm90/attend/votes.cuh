@@ -3,7 +3,7 @@
 // decides, so a warp that has one waits for nobody. Nothing but the bits themselves is passed on.
 #pragma once
 
-#include <cstdint>
+#include "cuda/sm90/attend/rows.cuh"
 
 namespace attnsieve::sm90 {
 
@@ -24,5 +24,42 @@ __device__ __forceinline__ Verdict read_votes(const uint32_t& word, uint32_t pha
   if ((votes & ~(open >> 7) & 0x01010101u) != 0) return Verdict::kKept;
   return open == 0 ? Verdict::kSkipped : Verdict::kOpen;
 }
+
+// What a warpgroup remembers from vote to vote of an item.
+template <class Config>
+struct Ballot {
+  float limit[2];  // a score of a row that is not below keeps the tile
+  float floor[2];
+  float offset;  // ln(lambda) in unscaled logits
+  uint32_t address;  // of the warp's vote in the first slot; 0 in lanes that do not cast it
+  int skipped = 0;  // tiles of the item
+  int unseen = 0;
+  // Of the tile voted on last:
+  RingPosition<Config::kValueSlots> at{0};
+  float lane_max[2];  // of the keys that the lane holds
+
+  // A row that does not exist has no vote. Masked scores, -inf, have none but where everything is
+  // kept.
+  __device__ Ballot(const Rows& rows, const typename Config::SkipPolicy& policy,
+                    const uint32_t* words)
+      : offset(policy.offset()) {
+    const int thread = opaque_thread() % kWarpgroupThreads;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = rows.begin + row_of(thread, half);
+      floor[half] = row >= 0 && row < rows.end ? policy.lowest_limit() : -negative_infinity();
+      limit[half] = negative_infinity();
+    }
+    address = thread % kWarpThreads == 0 ? shared_address(words) + thread / kWarpThreads : 0;
+  }
+  // To the maxima of the kept tiles.
+  __device__ void raise(const OnlineSoftmax<2>& softmax) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) limit[row] = fmaxf(softmax.row_max[row] + offset, floor[row]);
+  }
+  __device__ void cast(bool veto) const {
+    if (address != 0) cast_vote(address + at.slot * sizeof(uint32_t), at.phase, veto);
+  }
+};
 
 }  // namespace attnsieve::sm90
