@@ -22,6 +22,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 NOTHING = "Nothing has been recorded yet."
 # Other times of ours that a row may carry, and the column of their ratio.
+OWN_DENSE = "attnsieve-dense"  # a peer of the threshold suites
 OWN_TIMES = {"ours_dense_ms": "our dense / ours", "ours_block128_ms": "our block128 / ours"}
 
 
@@ -71,9 +72,17 @@ def origin(path: Path, rows: list[dict]) -> str:
 
 
 def best_peer(row: dict) -> tuple[str, float] | None:
-    """Name and milliseconds of the quickest peer."""
+    """Name and milliseconds of the quickest peer; our dense kernel where that is the yardstick."""
     peers = row.get("peers") or {}
+    if OWN_DENSE in peers:
+        return OWN_DENSE, peers[OWN_DENSE]
     return min(peers.items(), key=lambda item: item[1]) if peers else None
+
+
+def beside_dense(row: dict) -> bool:
+    """Whether cuDNN's time stands beside that of our own dense kernel."""
+    peers = row.get("peers") or {}
+    return OWN_DENSE in peers and "cudnn" in peers
 
 
 def ratio_text(value: float | None) -> str:
@@ -97,6 +106,8 @@ def result_cells(row: dict) -> list[str]:
         number(row.get("tf")),
         peer,
         ratio_text(value),
+        skipped(row),
+        ratio_text(row["peers"]["cudnn"] / row["ours_ms"] if beside_dense(row) else None),
         *(ratio_text(row[key] / row["ours_ms"] if key in row else None) for key in OWN_TIMES),
     ]
 
@@ -117,7 +128,8 @@ def losses(rows: list[dict]) -> str:
 
 def results() -> str:
     """One table for each results file."""
-    columns = ("case", "dtype", "ms", "TF", "best peer, ms", "peer / ours", *OWN_TIMES.values())
+    columns = ("case", "dtype", "ms", "TF", "best peer, ms", "peer / ours")
+    columns = (*columns, "skipped", "cuDNN / ours", *OWN_TIMES.values())
     parts = []
     for path, rows in files("*.json"):
         if path.stem in ("demo", "tests") or not rows:

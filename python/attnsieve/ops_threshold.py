@@ -44,8 +44,8 @@ def threshold_splits(num_groups: int, capacity: int, skip_block: int = SKIP_BLOC
     """S, the visiting sequences that :func:`threshold_attention` deals a decode step's tiles to.
 
     A function of shapes alone, the same on every device: enough splits for every group of query
-    vectors to fill a GPU of 132 SMs, four to a thread block, but no more than leave each 16 tiles of
-    a full cache: a split keeps its first tile and knows the maxima of its own alone.
+    vectors to fill a GPU of 132 SMs, four to a thread block, but no more than leave each 16 tiles
+    of a full cache: a split keeps its first tile and knows the maxima of its own alone.
 
     Args:
         num_groups: ``B * Hkv * ceil(G / min(G, 16 // Sq))`` with ``G = Hq // Hkv``.
@@ -56,7 +56,8 @@ def threshold_splits(num_groups: int, capacity: int, skip_block: int = SKIP_BLOC
     per_group = max(1, _SLOTS // num_groups)  # thread blocks
     if num_groups > _SLOTS:
         per_group = min(range(1, 5), key=lambda n: -(-num_groups * n // _SLOTS) / n)
-    return min(_CTA_SPLITS * per_group, _MAX_SPLITS, max(1, capacity // skip_block // _SPLIT_TILES))
+    longest = max(1, capacity // skip_block // _SPLIT_TILES)
+    return min(_CTA_SPLITS * per_group, _MAX_SPLITS, longest)
 
 
 def threshold_attention(
