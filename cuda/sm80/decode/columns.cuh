@@ -166,14 +166,6 @@ class DecodeColumns {
     }
   }
 
-  static __device__ void widen(const Rounded& rounded, Scores& weights) {
-#pragma unroll
-    for (int i = 0; i < 4 * kColumnTiles; ++i) {
-      const auto bits = static_cast<uint16_t>(rounded[i / 4][i % 4 / 2] >> 16 * (i % 2));
-      weights[i / 4][i % 4] = static_cast<float>(Element::bitcast(bits));
-    }
-  }
-
   // O^T += V^T P^T over 16 keys.
   __device__ void accumulate(const Stored* values, const Rounded& weights,
                              WarpResult<Config>& result) const {

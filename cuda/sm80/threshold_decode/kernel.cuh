@@ -3,7 +3,7 @@
 //                 m_tile - m_run < ln(lambda) (BLASST, arXiv 2512.12087).
 // Roles           A warp is a split: it walks tiles split, split + splits, ... of the item's visiting
 //                 order, and decides alone. A CTA has kDecodeWarps neighbouring splits of one item.
-// Shared memory   kThresholdStages x 16 rows of K and of V a warp, then the warps' results, then the
+// Shared memory   A few stages of 16 rows of K and of V a warp, then the warps' results, then the
 //                 weights of all CTAs' results.
 // Pipeline        A warp waits for its own copies only. Keys run ahead over votes; values are asked
 //                 for after them, so that a skipped tile costs half of its bytes.

@@ -8,25 +8,22 @@
 
 namespace attnsieve::sm80 {
 
-inline constexpr int kThresholdStages = 3;  // of keys, and of values
 inline constexpr int kMaxTileSteps = 128 / kTileKeys;  // of the widest skip_block
 
 template <class Config>
 struct ThresholdStages {
   using Stored = typename Config::Stored;
   using Rows = Stored[kTileKeys * Config::kHeadDim];
-  // Scores of a tile wait for the vote in registers or, where the output takes too many, in the
-  // memory of the values, which come after them.
-  static constexpr bool kParksScores = Config::kHeadDim * Config::kColumns > 1024;
+  // Scores of a tile wait for the vote in registers, or here where the output leaves none.
+  static constexpr bool kParksScores = Config::kColumnTiles > 1;
+  static constexpr int kStages = kParksScores ? 2 : 3;  // of keys, and of values
   static constexpr int kStepScores = Config::kColumnTiles * 4;  // of a lane
 
-  alignas(128) Rows keys[kThresholdStages];
-  union {
-    alignas(128) Rows values[kThresholdStages];
-    float scores[kParksScores ? kMaxTileSteps * kStepScores : 1][kWarpThreads];
-  };
-  int key_positions[kThresholdStages][kTileKeys];
-  int value_positions[kThresholdStages][kTileKeys];
+  alignas(128) Rows keys[kStages];
+  alignas(128) Rows values[kStages];
+  float scores[kParksScores ? kMaxTileSteps * kStepScores : 1][kWarpThreads];
+  int key_positions[kStages][kTileKeys];
+  int value_positions[kStages][kTileKeys];
   float vote_max[Config::kColumns];  // over the tiles kept so far
 };
 
@@ -37,6 +34,7 @@ class ThresholdWarp : DecodeColumns<Config> {
   using Stages = ThresholdStages<Config>;
   using Scores = typename Base::Scores;
   static constexpr bool kParks = Stages::kParksScores;
+  static constexpr int kStages = Stages::kStages;
   using Base::a_, Base::lane_, Base::task_, Base::limit_, Base::scale_log2_;
   static constexpr int kColumnTiles = Config::kColumnTiles;
   static constexpr int kLaneColumns = 2 * kColumnTiles;
@@ -67,25 +65,23 @@ class ThresholdWarp : DecodeColumns<Config> {
       next = place_in(ahead);
     };
 #pragma unroll
-    for (int i = 0; i < kThresholdStages; ++i) load_next(i);
+    for (int i = 0; i < kStages; ++i) load_next(i);
     int stage = 0;
     for (int visit = split; visit < tiles_; visit += splits) {
       Scores scores[kParks ? 1 : kMaxTileSteps];
       float maxima[kLaneColumns];
 #pragma unroll
       for (int i = 0; i < kLaneColumns; ++i) maxima[i] = negative_infinity();
-#pragma unroll
-      for (int step = 0; step < kMaxTileSteps; ++step) {
-        if (step >= tile_steps_) break;
-        cp_async_wait<kThresholdStages - 1>();
+      for_each_step([&](int step) {
+        cp_async_wait<kStages - 1>();
         __syncwarp();
         Scores& own = scores[kParks ? 0 : step];
         score_step(stage, own, maxima);
         if constexpr (kParks) park(step, own);
         __syncwarp();
         load_next(stage);
-        stage = stage + 1 == kThresholdStages ? 0 : stage + 1;
-      }
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+      });
       reduce(maxima);
       const bool kept = visit == split || vetoes(maxima);
       if (!kept) {
@@ -96,7 +92,6 @@ class ThresholdWarp : DecodeColumns<Config> {
       for (int i = 0; i < kLaneColumns; ++i) vote_max(i) = max_nan(vote_max(i), maxima[i]);
       Base::rescale(maxima, result);
       attend(visit, scores, result);
-      if constexpr (kParks) Base::load_queries();  // no registers for them meanwhile
     }
     cp_async_wait<0>();
   }
@@ -118,15 +113,10 @@ class ThresholdWarp : DecodeColumns<Config> {
     int step;  // 16 keys of the tile
   };
 
-  // What follows from a value that is not opaque may be computed for all steps ahead, and hold
-  // registers throughout.
-  static __device__ void make_opaque(int& value) { asm volatile("" : "+r"(value)); }
-
   // Of this lane's key, lane % 16 of the 16.
   __device__ KeyPlace place_in(const Cursor& cursor) const {
     if (cursor.visit >= tiles_) return {0, 0, KeyPlace::kNowhere};
-    int tile = cursor.visit == 0 ? tiles_ - 1 : cursor.visit - 1;
-    if constexpr (kColumnTiles > 1) make_opaque(tile);
+    const int tile = cursor.visit == 0 ? tiles_ - 1 : cursor.visit - 1;
     const int key = (tile * tile_steps_ + cursor.step) * kTileKeys + lane_ % kTileKeys;
     if (key >= task_->length) return {0, 0, KeyPlace::kNowhere};
     return place_of(a_, *task_, key);
@@ -142,12 +132,10 @@ class ThresholdWarp : DecodeColumns<Config> {
     if (exists) row_start += place.outer * source.stride_outer + place.row * source.stride_row;
     const auto address = reinterpret_cast<unsigned long long>(row_start);
     constexpr int kPassRows = kWarpThreads / Config::kRowChunks;
-    int lane = lane_;
-    if constexpr (kColumnTiles > 1) make_opaque(lane);
-    const int chunk = lane % Config::kRowChunks;
-#pragma unroll(kColumnTiles == 1 ? 4 : 1)  // addresses of more would need too many registers
+    const int chunk = lane_ % Config::kRowChunks;
+#pragma unroll 4  // the addresses of all passes at once would need too many registers
     for (int pass = 0; pass < kTileKeys / kPassRows; ++pass) {
-      const int row = pass * kPassRows + lane / Config::kRowChunks;
+      const int row = pass * kPassRows + lane_ / Config::kRowChunks;
       const auto from = __shfl_sync(0xffffffffu, address, row) + chunk * 16;
       cp_async_16_or_zero(rows + Config::offset(row, chunk), reinterpret_cast<const void*>(from),
                           mask >> row & 1u);
@@ -208,48 +196,46 @@ class ThresholdWarp : DecodeColumns<Config> {
   // The values of a kept tile: nothing was loaded before the vote.
   template <int kSlots>
   __device__ void attend(int visit, Scores (&scores)[kSlots], WarpResult<Config>& result) {
+    int stage = 0;
     const auto load_step = [&](int step) {
-      const int stage = step % kThresholdStages;
       load(smem_.values[stage], smem_.value_positions[stage], place_in({visit, step}), task_->v);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
     };
-    const auto load_first = [&] {
 #pragma unroll
-      for (int step = 0; step < kThresholdStages; ++step) load_step(step);
-    };
-    if constexpr (!kParks) load_first();
-    typename Base::Rounded weights[kMaxTileSteps];
-#pragma unroll
-    for (int step = 0; step < kMaxTileSteps; ++step) {
-      if (step >= tile_steps_) break;
+    for (int step = 0; step < kStages; ++step) load_step(step);
+    for_each_step([&](int step) {
       Scores& own = scores[kParks ? 0 : step];
-      if constexpr (kParks) {
-        fetch_parked(step, own);
-        asm volatile("" ::: "memory");  // not ahead of the others: registers
-      }
+      if constexpr (kParks) fetch_parked(step, own);
       Base::weigh(own, result.softmax);
-      Base::round(own, weights[step]);
-    }
-    if constexpr (kParks) {
-      __syncwarp();
-      load_first();
-    }
-#pragma unroll
-    for (int step = 0; step < kMaxTileSteps; ++step) {
-      if (step >= tile_steps_) break;
-      const int stage = step % kThresholdStages;
-      cp_async_wait<kThresholdStages - 1>();
+      cp_async_wait<kStages - 1>();
       __syncwarp();
       if (__any_sync(0xffffffffu, is_mixed(smem_.value_positions[stage]))) {
-        Scores own;
-        Base::widen(weights[step], own);
         Base::isolate(smem_.value_positions[stage], smem_.values[stage], own, result);
       }
-      Base::accumulate(smem_.values[stage], weights[step], result);
+      typename Base::Rounded weights;
+      Base::round(own, weights);
+      Base::accumulate(smem_.values[stage], weights, result);
       __syncwarp();
-      if (step + kThresholdStages < tile_steps_) {
-        load_step(step + kThresholdStages);
+      if (step + kStages < tile_steps_) {
+        load_step(step + kStages);
       } else {
         cp_async_commit();  // so that a step waits for as many groups as any other
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+      }
+    });
+  }
+
+  // f(step) for the 16-key steps of a tile. Unrolled where scores are in registers.
+  template <class F>
+  __device__ void for_each_step(F&& f) const {
+    if constexpr (kParks) {
+#pragma unroll 1
+      for (int step = 0; step < tile_steps_; ++step) f(step);
+    } else {
+#pragma unroll
+      for (int step = 0; step < kMaxTileSteps; ++step) {
+        if (step >= tile_steps_) break;
+        f(step);
       }
     }
   }

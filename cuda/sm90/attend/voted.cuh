@@ -1,0 +1,261 @@
+// One warpgroup's loop over the tiles of a work item with a vote on each
+// (mainloop.cuh, BLASST): S = Q K^T -> mask -> vote -> for a kept tile online
+// softmax, O += P V.
+#pragma once
+
+#include "cuda/sm90/attend/products.cuh"
+#include "cuda/sm90/attend/votes.cuh"
+
+namespace attnsieve::sm90 {
+
+template <class Config>
+class VotedMainloop : public AttendProducts<Config> {
+ public:
+  using Base = AttendProducts<Config>;
+  using typename Base::FragmentO, typename Base::FragmentP, typename Base::FragmentS,
+      typename Base::SkipPolicy, typename Base::Softmax;
+  using Ballot = attnsieve::sm90::Ballot<Config>;
+  using Base::issue_qk, Base::release_keys, Base::release_values, Base::isolate, Base::rows_of,
+      Base::round_weights, Base::rescale_output, Base::smem_, Base::scale_log2_, Base::warpgroup_,
+      Base::k_, Base::v_, Base::votes_;
+
+  using Base::Base;
+
+  template <class Feed>
+  __device__ void run(const Work& work, SkipPolicy& policy, Feed&, FragmentO& acc_o,
+                      Softmax& softmax) {
+    Base::start_item(acc_o);
+    if (work.tiles == 0) return;
+    if constexpr (Config::kSteps == 1) {
+      run_voted(work, policy, acc_o, softmax);
+    } else {
+      run_voted_steps(work, policy, acc_o, softmax);
+    }
+  }
+
+ private:
+  // The same with a vote on every tile. After a kept tile its P V runs under
+  // the next Q K^T; after a skipped one only scores are computed. Tiles with
+  // masks take the outer loop: the inner one is short.
+  __device__ void run_voted(const Work& work, SkipPolicy& policy, FragmentO& acc_o,
+                            Softmax& softmax) {
+    FragmentS acc_s;
+    FragmentP weights;
+    const auto scores = rows_columns<Config::kStepKeys>(acc_s, 0);
+    Ballot ballot(rows_of(work), policy, smem_.votes[warpgroup_]);
+    int left = work.tiles;
+#pragma unroll 1
+    while (left > 0) {
+      const int flags = await_keys();
+      issue_qk(acc_s);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc_s);
+      --left;
+      bool seen = true;
+      if ((flags & Config::kMaskedTile) != 0) {
+        seen = mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
+        if (!seen) ++ballot.unseen;
+      }
+      if (!decide(acc_s, ballot, seen)) {
+        skip_values(ballot, acc_o, work, flags);
+        continue;
+      }
+      float rescale[2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        rescale[row] = softmax.weigh(row, scores, quad_max(ballot.lane_max[row]), scale_log2_);
+      }
+      ballot.raise(softmax);
+      round_weights(acc_s, weights);
+      rescale_output(acc_o, rescale);
+      v_ = ballot.at;
+      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
+
+      bool kept = true;
+      // The next tile's fate is open: its vote comes first.
+      if (left > 0 && await_keys() == 0) {
+        overlap_products(acc_s, weights, acc_o);
+        --left;
+        kept = decide(acc_s, ballot, true);
+        if (kept) {
+          const Order order(left + 1);
+          auto row0 = softmax.begin(0, quad_max(ballot.lane_max[0]), scale_log2_);
+          softmax.weigh(0, row0, scores, scale_log2_);
+          auto row1 = softmax.begin(1, quad_max(ballot.lane_max[1]), scale_log2_);
+          finish_tile(order, ballot, softmax, row0, row1, acc_s, weights, acc_o);
+        }
+      }
+#pragma unroll 1
+      while (kept && left > 0 && await_keys() == 0) {
+        const Order order(left);
+        overlap_products(acc_s, weights, acc_o);
+        --left;
+        take_scores(ballot);
+        // The tile will be kept, like the one before: row 0 is weighed before
+        // the vote is known.
+        const Softmax before = softmax;
+        const float row0_lane_max = lane_maximum<Config>(acc_s, 0, 0);
+        auto row0 = softmax.begin(0, quad_max(row0_lane_max), scale_log2_);
+        scores(1, 0) = order.after(scores(1, 0), row0.base);
+        softmax.weigh(0, row0, scores, scale_log2_);
+        const float row1_lane_max = lane_maximum<Config>(acc_s, 0, 1);
+        auto row1 = softmax.begin(1, quad_max(row1_lane_max), scale_log2_);
+        kept = confer(ballot, __any_sync(0xffffffffu, !(row0_lane_max < ballot.limit[0]) |
+                                                          !(row1_lane_max < ballot.limit[1])));
+        if (!kept) {
+          softmax = before;
+          break;
+        }
+        finish_tile(order, ballot, softmax, row0, row1, acc_s, weights, acc_o);
+      }
+      if (kept) {
+        smem_.v_full[v_.slot].wait(v_.phase);
+        Base::template issue_pv<0>(weights, acc_o);
+      } else {
+        ++ballot.skipped;
+      }
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc_o);
+      release_values();
+    }
+    policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
+  }
+
+  // Q K^T of the next tile and P V of the one kept last, until the scores are
+  // complete.
+  __device__ void overlap_products(FragmentS& acc_s, FragmentP& weights, FragmentO& acc_o) {
+    issue_qk(acc_s);
+    smem_.v_full[v_.slot].wait(v_.phase);
+    Base::template issue_pv<0>(weights, acc_o);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(acc_s);
+  }
+
+  // From the weights of row 0 to those of the tile, and O relative to its
+  // maxima.
+  __device__ void finish_tile(const Order& order, Ballot& ballot, Softmax& softmax,
+                              typename Softmax::Row& row0, typename Softmax::Row& row1,
+                              FragmentS& acc_s, FragmentP& weights, FragmentO& acc_o) {
+    order.complete(softmax.row_sum[0]);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc_o);
+    release_values();
+    row1.base = order.after(row1.base, acc_o(0));
+    softmax.weigh(1, row1, rows_columns<Config::kStepKeys>(acc_s, 0), scale_log2_);
+    ballot.raise(softmax);
+    round_weights(acc_s, weights);
+    rescale_output(acc_o, {row0.rescale, row1.rescale});
+    v_ = ballot.at;
+  }
+
+  // Two softmax steps of a tile, one after the other; values are used right
+  // after the vote.
+  __device__ void run_voted_steps(const Work& work, SkipPolicy& policy, FragmentO& acc_o,
+                                  Softmax& softmax) {
+    Ballot ballot(rows_of(work), policy, smem_.votes[warpgroup_]);
+#pragma unroll 1
+    for (int left = work.tiles; left > 0; --left) {
+      FragmentS acc_s;
+      const int flags = await_keys();
+      issue_qk(acc_s);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc_s);
+      bool seen = true;
+      if ((flags & Config::kMaskedTile) != 0) {
+        seen = mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
+        if (!seen) ++ballot.unseen;
+      }
+      if (!decide(acc_s, ballot, seen)) {
+        skip_values(ballot, acc_o, work, flags);
+        continue;
+      }
+      v_ = ballot.at;
+      if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
+      smem_.v_full[v_.slot].wait(v_.phase);
+      // Besides saving the work on a step of padding, the branch keeps the
+      // weights of the second step from being formed during the first, for
+      // which there are no registers.
+      if ((flags & Config::kPaddedStep) == 0) attend_step<0>(acc_s, acc_o, softmax);
+      attend_step<1>(acc_s, acc_o, softmax);
+      ballot.raise(softmax);
+      release_values();
+    }
+    policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
+  }
+
+  // Waits for the keys of the next tile. Its flags.
+  __device__ int await_keys() {
+    smem_.k_full[k_.slot].wait(k_.phase);
+    return smem_.k_record[k_.slot].flags;
+  }
+
+  // Takes a tile's scores, which are complete and masked: gives its keys back,
+  // and is the next to vote.
+  __device__ void take_scores(Ballot& ballot) {
+    release_keys();
+    ballot.at = votes_;
+    votes_.advance();
+  }
+
+  // Whether a tile is kept, most likely not: all of its scores are compared,
+  // then the warps confer. A tile that no row may see is not.
+  __device__ bool decide(FragmentS& acc_s, Ballot& ballot, bool seen) {
+    take_scores(ballot);
+    ballot.lane_max[0] = lane_tile_maximum(acc_s, 0);
+    ballot.lane_max[1] = lane_tile_maximum(acc_s, 1);
+    const bool mine =
+        seen & (!(ballot.lane_max[0] < ballot.limit[0]) | !(ballot.lane_max[1] < ballot.limit[1]));
+    const bool kept = named_barrier_any(kWarpgroupBarrier + warpgroup_, kWarpgroupThreads, mine);
+    ballot.cast(kept);
+    return kept;
+  }
+
+  // Casts the warp's vote and learns the warpgroup's, at once where the warp's
+  // decides.
+  __device__ bool confer(const Ballot& ballot, bool veto) {
+    ballot.cast(veto);
+    Verdict verdict = veto ? Verdict::kKept : Verdict::kOpen;
+    while (verdict == Verdict::kOpen) {
+      verdict = read_votes(smem_.votes[warpgroup_][ballot.at.slot], ballot.at.phase);
+    }
+    return verdict == Verdict::kKept;
+  }
+  static __device__ float lane_tile_maximum(FragmentS& acc_s, int row) {
+    const float first = lane_maximum<Config>(acc_s, 0, row);
+    if constexpr (Config::kSteps == 1) return first;
+    return max_nan(first, lane_maximum<Config>(acc_s, 1, row));
+  }
+
+  // The values of a tile that is not kept: nothing to give back, but where they
+  // are looked through.
+  __device__ void skip_values(Ballot& ballot, FragmentO& acc_o, const Work& work, int flags) {
+    ++ballot.skipped;
+    if ((flags & Config::kCheckedTile) == 0) return;
+    v_ = ballot.at;
+    isolate(acc_o, work, false);
+    smem_.v_full[v_.slot].wait(v_.phase);
+    release_values();
+  }
+
+  template <int kStep>
+  __device__ void attend_step(FragmentS& acc_s, FragmentO& acc_o, Softmax& softmax) {
+    constexpr int kRegisters = Config::kStepKeys / 2;
+    float rescale[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      rescale[row] = softmax.weigh(row, rows_columns<Config::kStepKeys>(acc_s, kStep * kRegisters),
+                                   maximum<Config>(acc_s, kStep, row), scale_log2_);
+    }
+    rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
+    FragmentP weights;
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      weights(i) = static_cast<typename Base::Element>(acc_s(kStep * kRegisters + i));
+    }
+    Base::template issue_pv<kStep>(weights, acc_o);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(acc_o);
+  }
+};
+
+} // namespace attnsieve::sm90
