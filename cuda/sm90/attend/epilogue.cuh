@@ -1,5 +1,4 @@
-// Final normalisation, sink logit, LSE and predicated stores of one warpgroup's
-// 64 rows.
+// Final normalisation, sink logit, LSE and predicated stores of one warpgroup's 64 rows.
 #pragma once
 
 #include <cute/arch/copy_sm90.hpp>
@@ -8,16 +7,14 @@
 
 namespace attnsieve::sm90 {
 
-// The output passes through the warpgroup's Q tile, which nobody reads any
-// more, so that rows leave in 16-byte chunks. Each warp stages and stores its
-// own 16 rows.
+// The output passes through the warpgroup's Q tile, which nobody reads any more, so that rows leave
+// in 16-byte chunks. Each warp stages and stores its own 16 rows.
 template <class Config, class Mainloop>
 __device__ void store_output(const AttendProblem& problem, const Work& work,
                              const Mainloop& mainloop, typename Config::SharedStorage& smem,
                              typename Mainloop::FragmentO& acc_o, const OnlineSoftmax<2>& softmax) {
   using Element = typename Config::Element;
-  // Opaque, or the addresses below would be formed ahead of the main loop and
-  // live through it.
+  // Opaque, or the addresses below would be formed ahead of the main loop and live through it.
   int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
   asm volatile("" : "+r"(thread));
   const auto [head, row, row_end] = mainloop.rows_of(work);
@@ -64,7 +61,7 @@ __device__ void store_output(const AttendProblem& problem, const Work& work,
                             *reinterpret_cast<uint128_t*>(target));
   }
   __syncwarp();
-  constexpr int kChunks = Config::kHeadDim / 8; // of 16 bytes in a row
+  constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes in a row
   constexpr int kRowLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
   constexpr int kPassRows = kWarpThreads / kRowLanes;
   const int chunk = lane % kRowLanes;
@@ -92,4 +89,4 @@ __device__ void store_output(const AttendProblem& problem, const Work& work,
   fence_shared_for_async();
 }
 
-} // namespace attnsieve::sm90
+}  // namespace attnsieve::sm90

@@ -1,42 +1,30 @@
-// Computes        out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h /
-// G, j]) v[b, h / G, j]
-//                 over the keys j that the BlockIterator yields and the mask
-//                 shows; lse[b, h, i] = ln sum_j exp(scale * q . k), the sink
-//                 logit included.
-// Roles           CTAs take work items blockIdx.x, then + gridDim.x, ... or
-// from a counter:
-//                 kWarpgroups x 64 query rows of one head, or 64 rows of
-//                 kWarpgroups heads that share a list. One warpgroup per 64
-//                 rows computes. In a further warpgroup one warp copies Q and
-//                 K, one V, one locates the items, and one looks for non-finite
-//                 values in the V of masked tiles. A self-fed warpgroup
-//                 (feed.cuh) is a CTA of one item and does all of that itself.
-// Shared memory   Q of kStagesQ items (later their output), kStagesK tiles of
-// K, kStagesV of V, in
-//                 the swizzled layouts of wgmma; a record per tile, a ring of
-//                 work items.
+// Computes        out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, h / G, j]) v[b, h / G, j]
+//                 over the keys j that the BlockIterator yields and the mask shows;
+//                 lse[b, h, i] = ln sum_j exp(scale * q . k), the sink logit included.
+// Roles           CTAs take work items blockIdx.x, then + gridDim.x, ... or from a counter:
+//                 kWarpgroups x 64 query rows of one head, or 64 rows of kWarpgroups heads that
+//                 share a list. One warpgroup per 64 rows computes. In a further warpgroup one warp
+//                 copies Q and K, one V, one locates the items, and one looks for non-finite values
+//                 in the V of masked tiles. A self-fed warpgroup (feed.cuh) is a CTA of one item and
+//                 does all of that itself.
+// Shared memory   Q of kStagesQ items (later their output), kStagesK tiles of K, kStagesV of V, in
+//                 the swizzled layouts of wgmma; a record per tile, a ring of work items.
 // Pipeline        ring        filled by          freed by
-//                 work        locating warp      every consumer warp and both
-//                 copying warps q           bulk copies        every warp of
-//                 its warpgroup, after its epilogue k           bulk copies
-//                 every consumer warp, once S is complete v           bulk
-//                 copies        every consumer warp, once O has taken it; where
-//                                                tiles are voted on, V's warp
-//                                                for those that skip
-//                 votes       consumer warps     (read by the warpgroup and V's
-//                 warp, votes.cuh) check       V's warp, checker  (a slot comes
-//                 round after its V stage was freed) Full barriers of copies
-//                 complete on bytes: always those of a whole tile, missing
-//                 pieces are zeros from outside the tensor. A self-fed
-//                 warpgroup frees K and V with one named barrier a tile
-//                 instead.
-// Invariants      row_max is -inf iff the row saw no finite logit. The tile
-// visited first is the
-//                 one with the last visible key: of the item's last row, where
-//                 warpgroups share tiles of 64 keys, which are not voted on, of
-//                 each warpgroup's otherwise. Steps advance in the same width
-//                 whether or not tiles are voted on, so threshold 0 is bitwise
-//                 equal to no threshold.
+//                 work        locating warp      every consumer warp and both copying warps
+//                 q           bulk copies        every warp of its warpgroup, after its epilogue
+//                 k           bulk copies        every consumer warp, once S is complete
+//                 v           bulk copies        every consumer warp, once O has taken it; where
+//                                                tiles are voted on, V's warp for those that skip
+//                 votes       consumer warps     (read by the warpgroup and V's warp, votes.cuh)
+//                 check       V's warp, checker  (a slot comes round after its V stage was freed)
+//                 Full barriers of copies complete on bytes: always those of a whole tile, missing
+//                 pieces are zeros from outside the tensor. A self-fed warpgroup frees K and V with
+//                 one named barrier a tile instead.
+// Invariants      row_max is -inf iff the row saw no finite logit. The tile visited first is the
+//                 one with the last visible key: of the item's last row, where warpgroups share
+//                 tiles of 64 keys, which are not voted on, of each warpgroup's otherwise. Steps
+//                 advance in the same width whether or not tiles are voted on, so threshold 0 is
+//                 bitwise equal to no threshold.
 // Not handled     Backward.
 #pragma once
 
@@ -141,8 +129,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   }
 }
 
-// One work item a CTA. The other CTAs of the SM compute while this one waits
-// for its copies.
+// One work item a CTA. The other CTAs of the SM compute while this one waits for its copies.
 template <class Config, class BlockIterator>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attend_self_fed_kernel(const __grid_constant__ AttendArguments arguments) {
@@ -170,4 +157,4 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   store_output<Config>(arguments.problem, work, mainloop, smem, acc_o, softmax);
 }
 
-} // namespace attnsieve::sm90
+}  // namespace attnsieve::sm90

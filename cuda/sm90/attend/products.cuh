@@ -1,6 +1,5 @@
-// What a warpgroup's loops over the tiles of a work item are made of: its place
-// in the rings, the two products, and how a stage is given back. Touches no
-// global memory.
+// What a warpgroup's loops over the tiles of a work item are made of: its place in the rings, the
+// two products, and how a stage is given back. Touches no global memory.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -13,8 +12,8 @@ namespace attnsieve::sm90 {
 
 using namespace cute;
 
-// Named barriers: one per warpgroup, one per warpgroup for its turn at the
-// tensor cores, one of all consumers. 0 is __syncthreads.
+// Named barriers: one per warpgroup, one per warpgroup for its turn at the tensor cores, one of all
+// consumers. 0 is __syncthreads.
 inline constexpr int kWarpgroupBarrier = 1;
 inline constexpr int kTurnBarrier = 4;
 inline constexpr int kConsumerBarrier = 8;
@@ -31,8 +30,8 @@ class AttendProducts {
       decltype(partition_fragment_C(MmaPV{}, Shape<Int<kWarpgroupRows>, Int<Config::kHeadDim>>{}));
   using FragmentS =
       decltype(partition_fragment_C(MmaQK{}, Shape<Int<kWarpgroupRows>, Int<Config::kTileN>>{}));
-  // The weights of a softmax step in the order of the A operand: what the
-  // accumulator of S holds, rounded.
+  // The weights of a softmax step in the order of the A operand: what the accumulator of S holds,
+  // rounded.
   using FragmentP =
       decltype(make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<Config::kStepKeys / 16>>{}));
   using Softmax = OnlineSoftmax<2>;
@@ -49,8 +48,7 @@ class AttendProducts {
     if (kTakesTurns && warpgroup_ == 0) await_turn();
   }
 
-  // The query rows of this warpgroup: 64 from `begin` on, those from `end` on
-  // do not exist.
+  // The query rows of this warpgroup: 64 from `begin` on, those from `end` on do not exist.
   __device__ Rows rows_of(const Work& work) const {
     const int warpgroup = opaque_thread() / kWarpgroupThreads;
     const int head = work.head + (a_.pack_heads ? warpgroup : 0);
@@ -86,8 +84,7 @@ class AttendProducts {
     const auto tSrQ = thread_mma.partition_fragment_A(sQ); // (MMA, M, K, tile)
     const auto tSrK = thread_mma.partition_fragment_B(sK); // (MMA, N, K, stage)
     int query = query_tile();
-    // Opaque, or the descriptors of all slices would be kept, for which there
-    // are no registers.
+    // Opaque, or the descriptors of all slices would be kept, for which there are no registers.
     if constexpr (Config::kHeadDim > 128) asm volatile("" : "+r"(query));
     warpgroup_fence_operand(acc_s);
     warpgroup_arrive();
@@ -146,9 +143,8 @@ class AttendProducts {
     rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
   }
 
-  // Keeps non-finite values of V from the rows that do not see their keys. All
-  // warpgroups come here for the same tiles; one that skips the tile adds
-  // nothing.
+  // Keeps non-finite values of V from the rows that do not see their keys. All warpgroups come here
+  // for the same tiles; one that skips the tile adds nothing.
   __device__ void isolate(FragmentO& acc_o, const Work& work, bool adds) {
     if (!found_non_finite()) return;
     smem_.v_full[v_.slot].wait(v_.phase);
@@ -177,8 +173,7 @@ class AttendProducts {
     }
   }
 
-  // The warpgroups issue their MMAs in turn, so that one computes weights while
-  // the other's run.
+  // The warpgroups issue their MMAs in turn, so that one computes weights while the other's run.
   __device__ void await_turn() const {
     named_barrier_sync(kTurnBarrier + warpgroup_, Config::kConsumerThreads);
   }
@@ -192,12 +187,11 @@ class AttendProducts {
   float scale_log2_;
   int warpgroup_;
   RingPosition<Config::kStagesK> k_{0};
-  // Of the next tile; where tiles are voted on, of the one kept last, and of
-  // the next vote.
+  // Of the next tile; where tiles are voted on, of the one kept last, and of the next vote.
   RingPosition<Config::kValueSlots> v_{0};
   RingPosition<Config::kValueSlots> votes_{0};
   RingPosition<Config::kStagesQ> q_{0};
   RingPosition<Config::kCheckSlots> check_{0};
 };
 
-} // namespace attnsieve::sm90
+}  // namespace attnsieve::sm90

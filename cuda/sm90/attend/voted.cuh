@@ -1,6 +1,5 @@
-// One warpgroup's loop over the tiles of a work item with a vote on each
-// (mainloop.cuh, BLASST): S = Q K^T -> mask -> vote -> for a kept tile online
-// softmax, O += P V.
+// One warpgroup's loop over the tiles of a work item with a vote on each (mainloop.cuh, BLASST): S
+// = Q K^T -> mask -> vote -> for a kept tile online softmax, O += P V.
 #pragma once
 
 #include "cuda/sm90/attend/products.cuh"
@@ -34,9 +33,9 @@ class VotedMainloop : public AttendProducts<Config> {
   }
 
  private:
-  // The same with a vote on every tile. After a kept tile its P V runs under
-  // the next Q K^T; after a skipped one only scores are computed. Tiles with
-  // masks take the outer loop: the inner one is short.
+  // The same with a vote on every tile. After a kept tile its P V runs under the next Q K^T; after
+  // a skipped one only scores are computed. Tiles with masks take the outer loop: the inner one is
+  // short.
   __device__ void run_voted(const Work& work, SkipPolicy& policy, FragmentO& acc_o,
                             Softmax& softmax) {
     FragmentS acc_s;
@@ -91,8 +90,7 @@ class VotedMainloop : public AttendProducts<Config> {
         overlap_products(acc_s, weights, acc_o);
         --left;
         take_scores(ballot);
-        // The tile will be kept, like the one before: row 0 is weighed before
-        // the vote is known.
+        // The tile will be kept, like the one before: row 0 is weighed before the vote is known.
         const Softmax before = softmax;
         const float row0_lane_max = lane_maximum<Config>(acc_s, 0, 0);
         auto row0 = softmax.begin(0, quad_max(row0_lane_max), scale_log2_);
@@ -121,8 +119,7 @@ class VotedMainloop : public AttendProducts<Config> {
     policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
   }
 
-  // Q K^T of the next tile and P V of the one kept last, until the scores are
-  // complete.
+  // Q K^T of the next tile and P V of the one kept last, until the scores are complete.
   __device__ void overlap_products(FragmentS& acc_s, FragmentP& weights, FragmentO& acc_o) {
     issue_qk(acc_s);
     smem_.v_full[v_.slot].wait(v_.phase);
@@ -131,8 +128,7 @@ class VotedMainloop : public AttendProducts<Config> {
     warpgroup_fence_operand(acc_s);
   }
 
-  // From the weights of row 0 to those of the tile, and O relative to its
-  // maxima.
+  // From the weights of row 0 to those of the tile, and O relative to its maxima.
   __device__ void finish_tile(const Order& order, Ballot& ballot, Softmax& softmax,
                               typename Softmax::Row& row0, typename Softmax::Row& row1,
                               FragmentS& acc_s, FragmentP& weights, FragmentO& acc_o) {
@@ -148,8 +144,7 @@ class VotedMainloop : public AttendProducts<Config> {
     v_ = ballot.at;
   }
 
-  // Two softmax steps of a tile, one after the other; values are used right
-  // after the vote.
+  // Two softmax steps of a tile, one after the other; values are used right after the vote.
   __device__ void run_voted_steps(const Work& work, SkipPolicy& policy, FragmentO& acc_o,
                                   Softmax& softmax) {
     Ballot ballot(rows_of(work), policy, smem_.votes[warpgroup_]);
@@ -172,9 +167,8 @@ class VotedMainloop : public AttendProducts<Config> {
       v_ = ballot.at;
       if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
       smem_.v_full[v_.slot].wait(v_.phase);
-      // Besides saving the work on a step of padding, the branch keeps the
-      // weights of the second step from being formed during the first, for
-      // which there are no registers.
+      // Besides saving the work on a step of padding, the branch keeps the weights of the second
+      // step from being formed during the first, for which there are no registers.
       if ((flags & Config::kPaddedStep) == 0) attend_step<0>(acc_s, acc_o, softmax);
       attend_step<1>(acc_s, acc_o, softmax);
       ballot.raise(softmax);
@@ -189,16 +183,16 @@ class VotedMainloop : public AttendProducts<Config> {
     return smem_.k_record[k_.slot].flags;
   }
 
-  // Takes a tile's scores, which are complete and masked: gives its keys back,
-  // and is the next to vote.
+  // Takes a tile's scores, which are complete and masked: gives its keys back, and is the next to
+  // vote.
   __device__ void take_scores(Ballot& ballot) {
     release_keys();
     ballot.at = votes_;
     votes_.advance();
   }
 
-  // Whether a tile is kept, most likely not: all of its scores are compared,
-  // then the warps confer. A tile that no row may see is not.
+  // Whether a tile is kept, most likely not: all of its scores are compared, then the warps confer.
+  // A tile that no row may see is not.
   __device__ bool decide(FragmentS& acc_s, Ballot& ballot, bool seen) {
     take_scores(ballot);
     ballot.lane_max[0] = lane_tile_maximum(acc_s, 0);
@@ -210,8 +204,7 @@ class VotedMainloop : public AttendProducts<Config> {
     return kept;
   }
 
-  // Casts the warp's vote and learns the warpgroup's, at once where the warp's
-  // decides.
+  // Casts the warp's vote and learns the warpgroup's, at once where the warp's decides.
   __device__ bool confer(const Ballot& ballot, bool veto) {
     ballot.cast(veto);
     Verdict verdict = veto ? Verdict::kKept : Verdict::kOpen;
@@ -226,8 +219,7 @@ class VotedMainloop : public AttendProducts<Config> {
     return max_nan(first, lane_maximum<Config>(acc_s, 1, row));
   }
 
-  // The values of a tile that is not kept: nothing to give back, but where they
-  // are looked through.
+  // The values of a tile that is not kept: nothing to give back, but where they are looked through.
   __device__ void skip_values(Ballot& ballot, FragmentO& acc_o, const Work& work, int flags) {
     ++ballot.skipped;
     if ((flags & Config::kCheckedTile) == 0) return;
@@ -258,4 +250,4 @@ class VotedMainloop : public AttendProducts<Config> {
   }
 };
 
-} // namespace attnsieve::sm90
+}  // namespace attnsieve::sm90
