@@ -8,6 +8,14 @@
 
 namespace attnsieve::sm80 {
 
+// Passes of a load whose addresses are formed together: more would need too many registers, which
+// before sm_90 the widest output of float8 caches has fewer of.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kAddressesAtOnce = 2;
+#else
+inline constexpr int kAddressesAtOnce = 4;
+#endif
+
 template <class Config>
 class DecodeWarp : DecodeColumns<Config> {
   using Base = DecodeColumns<Config>;
@@ -71,7 +79,7 @@ class DecodeWarp : DecodeColumns<Config> {
     const auto address = reinterpret_cast<unsigned long long>(row_start);
     constexpr int kPassRows = kWarpThreads / Config::kRowChunks;
     const int chunk = lane_ % Config::kRowChunks;
-#pragma unroll 4  // the addresses of all passes at once would need too many registers
+#pragma unroll(kAddressesAtOnce)
     for (int pass = 0; pass < kTileKeys / kPassRows; ++pass) {
       const int row = pass * kPassRows + lane_ / Config::kRowChunks;
       const int offset = Config::offset(row, chunk);
