@@ -1,6 +1,8 @@
 #include "cuda/sm80/threshold_decode/launch.cuh"
 
 namespace attnsieve::sm80 {
-template void launch_threshold_decode<cute::bfloat16_t, cute::float_e4m3_t, 64>(const DecodeArguments&, void*);
-template std::vector<KernelEntry> threshold_decode_entries<cute::bfloat16_t, cute::float_e4m3_t, 64>();
+template void launch_threshold_decode<cute::bfloat16_t, cute::float_e4m3_t, 64>(
+    const DecodeArguments&, void*);
+template std::vector<KernelEntry>
+threshold_decode_entries<cute::bfloat16_t, cute::float_e4m3_t, 64>();
 }  // namespace attnsieve::sm80

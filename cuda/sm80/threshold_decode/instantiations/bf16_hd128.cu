@@ -1,6 +1,8 @@
 #include "cuda/sm80/threshold_decode/launch.cuh"
 
 namespace attnsieve::sm80 {
-template void launch_threshold_decode<cute::bfloat16_t, cute::bfloat16_t, 128>(const DecodeArguments&, void*);
-template std::vector<KernelEntry> threshold_decode_entries<cute::bfloat16_t, cute::bfloat16_t, 128>();
+template void launch_threshold_decode<cute::bfloat16_t, cute::bfloat16_t, 128>(
+    const DecodeArguments&, void*);
+template std::vector<KernelEntry>
+threshold_decode_entries<cute::bfloat16_t, cute::bfloat16_t, 128>();
 }  // namespace attnsieve::sm80

@@ -1,6 +1,7 @@
 #include "cuda/sm80/threshold_decode/launch.cuh"
 
 namespace attnsieve::sm80 {
-template void launch_threshold_decode<cute::half_t, cute::half_t, 64>(const DecodeArguments&, void*);
+template void launch_threshold_decode<cute::half_t, cute::half_t, 64>(const DecodeArguments&,
+                                                                      void*);
 template std::vector<KernelEntry> threshold_decode_entries<cute::half_t, cute::half_t, 64>();
 }  // namespace attnsieve::sm80
