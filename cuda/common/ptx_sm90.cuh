@@ -34,6 +34,18 @@ struct TransactionBarrier {
     jitter();
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
+  // Of the lanes where the predicate holds, without a branch.
+  __device__ __forceinline__ void arrive_if(bool predicate) {
+    jitter();
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.u32 p, %1, 0;\n"
+        "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+        "}" ::"r"(shared_address(this)),
+        "r"(static_cast<uint32_t>(predicate))
+        : "memory");
+  }
   // Arrives, and lets the phase wait for `bytes` of bulk copies.
   __device__ __forceinline__ void arrive_expect(uint32_t bytes) {
     jitter();

@@ -107,6 +107,7 @@ class TileComposer {
   // The keys of a piece, by granule.
   __device__ void record_keys(typename Config::TileRecord& record, int offset,
                               int first_key) const {
+#pragma unroll 1
     for (int granule = 0; granule < a_.piece_keys; granule += Config::kGranuleKeys) {
       int key = first_key;
       if (key < 0)

@@ -159,10 +159,13 @@ struct AttendConfig {
     int non_finite;  // the answer
   };
   static constexpr int kCheckSlots = 8;
-  // Voted: tiles whose votes and value barriers are kept apart, more than a warpgroup or a copying
-  // warp is ever ahead of another.
+  // Voted: tiles whose votes and value barriers are kept apart. K of a tile is copied once the values
+  // kVotesBehind tiles before are there or known to be skipped, and their stage was free for that: so
+  // nobody is a whole ring ahead of another.
   static constexpr int kVoteSlots = 8;
-  static_assert(!kVoted || (kStagesK < kVoteSlots / 2 && kVoteSlots % kStagesV == 0));
+  static constexpr int kVotesBehind = 6;
+  static_assert(!kVoted || kVoteSlots % kStagesV == 0);
+  static_assert(!kVoted || (kStagesK <= kVotesBehind && kVotesBehind + kStagesV <= kVoteSlots));
   static constexpr int kValueSlots = kVoted ? kVoteSlots : kStagesV;
   static constexpr int kWorkSlots = 4;
   static constexpr int kIteratorBytes = 32;
@@ -173,7 +176,7 @@ struct AttendConfig {
     alignas(1024) Element k[kStagesK * kTileElements];
     alignas(1024) Element v[kStagesV * kTileElements];
     TransactionBarrier k_full[kStagesK], k_empty[kStagesK];
-    TransactionBarrier v_full[kValueSlots], v_empty[kStagesV];
+    TransactionBarrier v_full[kValueSlots], v_empty[kValueSlots];
     TransactionBarrier q_full[kStagesQ * kWarpgroups], q_empty[kStagesQ * kWarpgroups];
     TransactionBarrier work_full[kWorkSlots], work_empty[kWorkSlots];
     TransactionBarrier item_ending;

@@ -13,8 +13,8 @@
 //                 work        locating warp      every consumer warp and both copying warps
 //                 q           bulk copies        every warp of its warpgroup, after its epilogue
 //                 k           bulk copies        every consumer warp, once S is complete
-//                 v           bulk copies        every consumer warp, once O has taken it; where
-//                                                tiles are voted on, V's warp for those that skip
+//                 v           bulk copies        every consumer warp, once O has taken it or the
+//                                                warpgroup has skipped it
 //                 votes       consumer warps     (read by the warpgroup and V's warp, votes.cuh)
 //                 check       V's warp, checker  (a slot comes round after its V stage was freed)
 //                 Full barriers of copies complete on bytes: always those of a whole tile, missing

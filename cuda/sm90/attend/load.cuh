@@ -62,7 +62,6 @@ class TileProducer : TileComposer<Config, BlockIterator> {
   using Base::a_, Base::smem_, Base::is_leader, Base::fetch, Base::resolve;
   static constexpr bool kKeys = kOperand == Operand::kKeys;
   static constexpr bool kVoted = Config::kVoted && !kKeys;
-  static constexpr unsigned kAllWarpgroups = (1u << Config::kWarpgroups) - 1;
   static constexpr int kStages = kKeys ? Config::kStagesK : Config::kStagesV;
   // Tiles left when the next item is asked for: their time covers a counter, a list and a barrier.
   static constexpr int kTilesAhead = 4;
@@ -82,8 +81,6 @@ class TileProducer : TileComposer<Config, BlockIterator> {
       if (is_leader()) smem_.work_empty[work_.slot].arrive();
       work_.advance();
 
-      // Of the next even and the next odd tile. Moving a load's result from one register to another
-      // would wait for it.
       int fetched[2] = {fetch(work, iterator, 0), fetch(work, iterator, 1)};
       const int near_end = max(0, work.tiles - kTilesAhead);
       if constexpr (kKeys) {
@@ -98,13 +95,23 @@ class TileProducer : TileComposer<Config, BlockIterator> {
         load_tile(work, piece, tile == 0);
         piece = resolve(work, iterator, tile + 1, fetched[1 - kParity]);
       };
+      if constexpr (!BlockIterator::kFetches) {
 #pragma unroll 1
-      for (int tile = 0; tile < work.tiles; tile += 2) {
-        load(tile, cute::Int<0>{});
-        if (tile + 1 < work.tiles) load(tile + 1, cute::Int<1>{});
+        for (int tile = 0; tile < work.tiles; ++tile) load(tile, cute::Int<0>{});
+      } else {
+        // Of the next even and the next odd tile. Moving a load's result from one register to
+        // another would wait for it.
+#pragma unroll 1
+        for (int tile = 0; tile < work.tiles; tile += 2) {
+          load(tile, cute::Int<0>{});
+          if (tile + 1 < work.tiles) load(tile + 1, cute::Int<1>{});
+        }
       }
     }
-    if constexpr (kVoted) settle();  // no copy is under way when the CTA ends
+    if constexpr (kVoted) {
+      // No copy is under way when the CTA ends.
+      for (int stage = 0; stage < Config::kStagesV; ++stage) free_stage();
+    }
     if constexpr (!kKeys) request_check(Config::kStagesV, 0, 0);
   }
 
@@ -128,6 +135,7 @@ class TileProducer : TileComposer<Config, BlockIterator> {
     Base::check_page(&piece);
     const int flags = Base::inspect(work, piece);
     if constexpr (kVoted) return load_voted(work, piece, flags, first);
+    if constexpr (Config::kVoted) follow_values();
     const int stage = position_.slot;
     (kKeys ? smem_.k_empty[stage] : smem_.v_empty[stage]).wait_idle(position_.phase);
     fill(work, piece, flags, stage, kKeys ? smem_.k_full[stage] : smem_.v_full[stage]);
@@ -142,65 +150,60 @@ class TileProducer : TileComposer<Config, BlockIterator> {
                                   stage, full);
   }
 
-  // V of a tile that no warpgroup keeps is not copied, unless one kept the tile before: then it is
-  // ahead of the votes, as it has to be where little is skipped.
+  // V of a tile that no warpgroup keeps is not copied. Where the tile that had the stage before was
+  // kept, the copy is ahead of the votes, as it has to be where little is skipped.
   __device__ void load_voted(const Work& work, const Piece& piece, int flags, bool first) {
-    settle();
-    const bool checked = (flags & Config::kCheckedTile) != 0;
     const int stage = votes_.slot % Config::kStagesV;
     TransactionBarrier& full = smem_.v_full[votes_.slot];
-    copied_ = first || checked || kept_ != 0 || await_votes(votes_, true) != 0;
-    if (copied_) {
-      if ((in_use_ >> stage & 1) != 0) {
-        smem_.v_empty[stage].wait_idle(empty_phases_ >> stage & 1);
-        empty_phases_ ^= 1u << stage;
-        in_use_ ^= 1u << stage;
-      }
+    const bool checked = (flags & Config::kCheckedTile) != 0;
+    free_stage();
+    if (first || checked || kept_before_ || is_kept()) {
       fill(work, piece, flags, stage, full);
       if (checked) request_check(stage, votes_.slot, votes_.phase);
     } else if (is_leader()) {
       full.arrive();
     }
-    checked_ = checked;
-    last_ = votes_;
     votes_.advance();
   }
 
-  // Once all have voted on the tile before: stands in for those that do not give its values back.
-  __device__ void settle() {
-    if (!copied_) {
-      kept_ = 0;
+  // Waits until all warpgroups are done with the tile whose stage is next, and its copy has ended.
+  __device__ void free_stage() {
+    if (ahead_ < Config::kStagesV) {
+      ++ahead_;
       return;
     }
-    kept_ = await_votes(last_, false);
-    const unsigned users = checked_ ? kAllWarpgroups : kept_;
-    const int stage = last_.slot % Config::kStagesV;
-    if (users == 0) {
-      smem_.v_full[last_.slot].wait_idle(last_.phase);
-      return;
-    }
-    in_use_ |= 1u << stage;
-    constexpr int kWarps = kWarpgroupThreads / kWarpThreads;
-    if ((users >> lane() / kWarps & 1) == 0 && lane() < kWarps * Config::kWarpgroups) {
-      smem_.v_empty[stage].arrive();
+    smem_.v_empty[done_.slot].wait_idle(done_.phase);
+    smem_.v_full[done_.slot].wait_idle(done_.phase);
+    uint32_t votes = 0;
+#pragma unroll
+    for (int i = 0; i < Config::kWarpgroups; ++i) votes |= read_word(smem_.votes[i][done_.slot]);
+    kept_before_ = has_veto(votes);
+    done_.advance();
+  }
+
+  // Whether a warpgroup keeps the next tile: known once one does, or none.
+  __device__ bool is_kept() const {
+    while (true) {
+      bool open = false;
+#pragma unroll
+      for (int i = 0; i < Config::kWarpgroups; ++i) {
+        const Verdict verdict = read_votes(smem_.votes[i][votes_.slot], votes_.phase);
+        if (verdict == Verdict::kKept) return true;
+        open |= verdict == Verdict::kOpen;
+      }
+      if (!open) return false;
     }
   }
 
-  // The warpgroups that keep a tile, a bit each: of all, or as soon as there is one.
-  __device__ unsigned await_votes(const RingPosition<Config::kVoteSlots>& at, bool any) const {
-    while (true) {
-      unsigned kept = 0;
-      bool complete = true;
-#pragma unroll
-      for (int i = 0; i < Config::kWarpgroups; ++i) {
-        const Verdict verdict = read_votes(smem_.votes[i][at.slot], at.phase);
-        kept |= static_cast<unsigned>(verdict == Verdict::kKept) << i;
-        complete &= verdict != Verdict::kOpen;
-      }
-      if (complete || (any && kept != 0)) return kept;
+  // Keeps the warp that copies V within the ring of votes: who skips a tile does not wait for it.
+  __device__ void follow_values() {
+    if (ahead_ < Config::kVotesBehind) {
+      ++ahead_;
+      return;
     }
+    smem_.v_full[done_.slot].wait_idle(done_.phase);
+    done_.advance();
   }
-  static __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
 
   // Asks the checking warp to look for NaN and Inf in a V stage; a stage past the last ends them.
   __device__ void request_check(int stage, int slot, uint32_t parity) {
@@ -212,14 +215,12 @@ class TileProducer : TileComposer<Config, BlockIterator> {
   }
 
   RingPosition<kStages> position_{1};
-  // Voted values: the next tile and the one before, of which settle() has yet to learn.
+  // Where tiles are voted on: the next tile, the one that is waited for, and what is between them,
+  // until that is as much as it will be.
   RingPosition<Config::kVoteSlots> votes_{0};
-  RingPosition<Config::kVoteSlots> last_{0};
-  bool copied_ = false;
-  bool checked_ = false;
-  unsigned kept_ = 0;  // warpgroups that kept the tile before
-  unsigned in_use_ = 0;  // stages that consumers give back, a bit each
-  unsigned empty_phases_ = 0;
+  RingPosition<Config::kVoteSlots> done_{0};
+  int ahead_ = 0;
+  bool kept_before_ = false;
   RingPosition<Config::kStagesQ> q_{1};
   RingPosition<Config::kWorkSlots> work_{0};
   RingPosition<Config::kCheckSlots> check_{1};

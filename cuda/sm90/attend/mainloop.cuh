@@ -32,7 +32,7 @@ class AttendMainloop : public AttendProducts<Config> {
     FragmentP weights;
 
     smem_.k_full[k_.slot].wait(k_.phase);
-    issue_qk(acc_s);
+    issue_qk(acc_s, k_.slot);
     feed.prepare();
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc_s);
@@ -56,9 +56,9 @@ class AttendMainloop : public AttendProducts<Config> {
       smem_.k_full[k_.slot].wait(k_.phase);
       flags = smem_.k_record[k_.slot].flags;
       if constexpr (kTakesTurns) await_turn();
-      issue_qk(acc_s);
+      issue_qk(acc_s, k_.slot);
       smem_.v_full[v_.slot].wait(v_.phase);
-      Base::template issue_pv<0>(weights, acc_o);
+      Base::template issue_pv<0>(weights, acc_o, v_.slot);
       if constexpr (kTakesTurns) pass_turn();
       feed.prepare();
       warpgroup_wait<1>();
@@ -93,7 +93,7 @@ class AttendMainloop : public AttendProducts<Config> {
       if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
     }
     smem_.v_full[v_.slot].wait(v_.phase);
-    Base::template issue_pv<0>(weights, acc_o);
+    Base::template issue_pv<0>(weights, acc_o, v_.slot);
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc_o);
     release_values();

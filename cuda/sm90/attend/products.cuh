@@ -75,8 +75,12 @@ class AttendProducts {
     if (threadIdx.x % kWarpThreads == 0) empty.arrive();
   }
 
-  // Starts S = Q K^T of the current K stage.
-  __device__ void issue_qk(FragmentS& acc_s) {
+  // A stage, the same in all lanes, as ptxas then knows: descriptors of the MMAs are computed in
+  // uniform registers, not moved there one by one. Best asked for ahead of a wait.
+  static __device__ int uniform(int stage) { return __shfl_sync(0xffffffffu, stage, 0); }
+
+  // Starts S = Q K^T of a K stage.
+  __device__ void issue_qk(FragmentS& acc_s, int stage) {
     MmaQK mma;
     const auto thread_mma = mma.get_slice(threadIdx.x % kWarpgroupThreads);
     const auto sQ = make_tensor(make_smem_ptr(smem_.q), typename Config::LayoutQ{});
@@ -91,15 +95,15 @@ class AttendProducts {
     mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
     for (int chunk = 0; chunk < size<2>(tSrK); ++chunk) {
-      cute::gemm(mma, tSrQ(_, _, chunk, query), tSrK(_, _, chunk, k_.slot), acc_s);
+      cute::gemm(mma, tSrQ(_, _, chunk, query), tSrK(_, _, chunk, stage), acc_s);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();
   }
 
-  // Starts O += P V over the keys of one softmax step of the current V stage.
+  // Starts O += P V over the keys of one softmax step of a V stage.
   template <int kStep>
-  __device__ void issue_pv(FragmentP& weights, FragmentO& acc_o) {
+  __device__ void issue_pv(FragmentP& weights, FragmentO& acc_o, int stage) {
     MmaPV mma;
     const auto thread_mma = mma.get_slice(threadIdx.x % kWarpgroupThreads);
     const auto sV = make_tensor(make_smem_ptr(smem_.v), typename Config::LayoutV{});
@@ -111,7 +115,7 @@ class AttendProducts {
 #pragma unroll
     for (int chunk = 0; chunk < Config::kStepKeys / 16; ++chunk) {
       cute::gemm(mma, weights(_, _, chunk),
-                 tOrV(_, _, kStep * Config::kStepKeys / 16 + chunk, value_stage()), acc_o);
+                 tOrV(_, _, kStep * Config::kStepKeys / 16 + chunk, stage), acc_o);
     }
     warpgroup_commit_batch();
   }
@@ -125,7 +129,7 @@ class AttendProducts {
     k_.advance();
   }
   __device__ void release_values() {
-    release(smem_.v_empty[value_stage()]);
+    release(smem_.v_empty[v_.slot]);
     if constexpr (!Config::kVoted) v_.advance();
   }
 

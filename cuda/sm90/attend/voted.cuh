@@ -14,9 +14,9 @@ class VotedMainloop : public AttendProducts<Config> {
   using typename Base::FragmentO, typename Base::FragmentP, typename Base::FragmentS,
       typename Base::SkipPolicy, typename Base::Softmax;
   using Ballot = attnsieve::sm90::Ballot<Config>;
-  using Base::issue_qk, Base::release_keys, Base::release_values, Base::isolate, Base::rows_of,
-      Base::round_weights, Base::rescale_output, Base::smem_, Base::scale_log2_, Base::warpgroup_,
-      Base::k_, Base::v_, Base::votes_;
+  using Base::issue_qk, Base::isolate, Base::uniform, Base::rows_of, Base::round_weights,
+      Base::rescale_output, Base::smem_, Base::scale_log2_, Base::warpgroup_, Base::k_, Base::v_,
+      Base::votes_;
 
   using Base::Base;
 
@@ -33,9 +33,8 @@ class VotedMainloop : public AttendProducts<Config> {
   }
 
  private:
-  // The same with a vote on every tile. After a kept tile its P V runs under the next Q K^T; after
-  // a skipped one only scores are computed. Tiles with masks take the outer loop: the inner one is
-  // short.
+  // In two loops. After a skipped tile only scores are computed;
+  // after a kept one its P V runs under the next Q K^T. Tiles with masks take the first.
   __device__ void run_voted(const Work& work, SkipPolicy& policy, FragmentO& acc_o,
                             Softmax& softmax) {
     FragmentS acc_s;
@@ -45,20 +44,21 @@ class VotedMainloop : public AttendProducts<Config> {
     int left = work.tiles;
 #pragma unroll 1
     while (left > 0) {
-      const int flags = await_keys();
-      issue_qk(acc_s);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(acc_s);
-      --left;
-      bool seen = true;
-      if ((flags & Config::kMaskedTile) != 0) {
-        seen = mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
-        if (!seen) ++ballot.unseen;
-      }
-      if (!decide(acc_s, ballot, seen)) {
-        skip_values(ballot, acc_o, work, flags);
-        continue;
-      }
+      int flags;
+      bool kept;
+#pragma unroll 1
+      do {
+        const int stage = uniform(k_.slot);
+        smem_.k_full[k_.slot].wait(k_.phase);
+        issue_qk(acc_s, stage);
+        flags = smem_.k_record[k_.slot].flags;
+        --left;
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(acc_s);
+        kept = flags == 0 ? decide(acc_s, ballot, true)
+                          : decide_masked(acc_s, ballot, acc_o, work, flags);
+      } while (!kept && left > 0);
+      if (!kept) break;
       float rescale[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -70,24 +70,13 @@ class VotedMainloop : public AttendProducts<Config> {
       v_ = ballot.at;
       if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
 
-      bool kept = true;
-      // The next tile's fate is open: its vote comes first.
-      if (left > 0 && await_keys() == 0) {
-        overlap_products(acc_s, weights, acc_o);
-        --left;
-        kept = decide(acc_s, ballot, true);
-        if (kept) {
-          const Order order(left + 1);
-          auto row0 = softmax.begin(0, quad_max(ballot.lane_max[0]), scale_log2_);
-          softmax.weigh(0, row0, scores, scale_log2_);
-          auto row1 = softmax.begin(1, quad_max(ballot.lane_max[1]), scale_log2_);
-          finish_tile(order, ballot, softmax, row0, row1, acc_s, weights, acc_o);
-        }
-      }
 #pragma unroll 1
-      while (kept && left > 0 && await_keys() == 0) {
+      while (left > 0) {
+        const int k_stage = uniform(k_.slot);
+        const int v_stage = uniform(Base::value_stage());
+        if (await_keys() != 0) break;
         const Order order(left);
-        overlap_products(acc_s, weights, acc_o);
+        overlap_products(acc_s, weights, acc_o, k_stage, v_stage);
         --left;
         take_scores(ballot);
         // The tile will be kept, like the one before: row 0 is weighed before the vote is known.
@@ -108,22 +97,24 @@ class VotedMainloop : public AttendProducts<Config> {
       }
       if (kept) {
         smem_.v_full[v_.slot].wait(v_.phase);
-        Base::template issue_pv<0>(weights, acc_o);
+        Base::template issue_pv<0>(weights, acc_o, Base::value_stage());
       } else {
         ++ballot.skipped;
+        release(smem_.v_empty[ballot.at.slot], ballot);
       }
       warpgroup_wait<0>();
       warpgroup_fence_operand(acc_o);
-      release_values();
+      release(smem_.v_empty[v_.slot], ballot);
     }
     policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
   }
 
   // Q K^T of the next tile and P V of the one kept last, until the scores are complete.
-  __device__ void overlap_products(FragmentS& acc_s, FragmentP& weights, FragmentO& acc_o) {
-    issue_qk(acc_s);
+  __device__ void overlap_products(FragmentS& acc_s, FragmentP& weights, FragmentO& acc_o,
+                                   int k_stage, int v_stage) {
+    issue_qk(acc_s, k_stage);
     smem_.v_full[v_.slot].wait(v_.phase);
-    Base::template issue_pv<0>(weights, acc_o);
+    Base::template issue_pv<0>(weights, acc_o, v_stage);
     warpgroup_wait<1>();
     warpgroup_fence_operand(acc_s);
   }
@@ -135,7 +126,7 @@ class VotedMainloop : public AttendProducts<Config> {
     order.complete(softmax.row_sum[0]);
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc_o);
-    release_values();
+    release(smem_.v_empty[v_.slot], ballot);
     row1.base = order.after(row1.base, acc_o(0));
     softmax.weigh(1, row1, rows_columns<Config::kStepKeys>(acc_s, 0), scale_log2_);
     ballot.raise(softmax);
@@ -152,18 +143,12 @@ class VotedMainloop : public AttendProducts<Config> {
     for (int left = work.tiles; left > 0; --left) {
       FragmentS acc_s;
       const int flags = await_keys();
-      issue_qk(acc_s);
+      issue_qk(acc_s, k_.slot);
       warpgroup_wait<0>();
       warpgroup_fence_operand(acc_s);
-      bool seen = true;
-      if ((flags & Config::kMaskedTile) != 0) {
-        seen = mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
-        if (!seen) ++ballot.unseen;
-      }
-      if (!decide(acc_s, ballot, seen)) {
-        skip_values(ballot, acc_o, work, flags);
-        continue;
-      }
+      const bool kept = flags == 0 ? decide(acc_s, ballot, true)
+                                   : decide_masked(acc_s, ballot, acc_o, work, flags);
+      if (!kept) continue;
       v_ = ballot.at;
       if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
       smem_.v_full[v_.slot].wait(v_.phase);
@@ -172,7 +157,7 @@ class VotedMainloop : public AttendProducts<Config> {
       if ((flags & Config::kPaddedStep) == 0) attend_step<0>(acc_s, acc_o, softmax);
       attend_step<1>(acc_s, acc_o, softmax);
       ballot.raise(softmax);
-      release_values();
+      release(smem_.v_empty[v_.slot], ballot);
     }
     policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
   }
@@ -183,17 +168,23 @@ class VotedMainloop : public AttendProducts<Config> {
     return smem_.k_record[k_.slot].flags;
   }
 
+  // Gives a stage back for the warp.
+  static __device__ void release(TransactionBarrier& empty, const Ballot& ballot) {
+    __syncwarp();
+    empty.arrive_if(ballot.speaks());
+  }
   // Takes a tile's scores, which are complete and masked: gives its keys back, and is the next to
   // vote.
   __device__ void take_scores(Ballot& ballot) {
-    release_keys();
+    release(smem_.k_empty[k_.slot], ballot);
+    k_.advance();
     ballot.at = votes_;
     votes_.advance();
   }
 
   // Whether a tile is kept, most likely not: all of its scores are compared, then the warps confer.
-  // A tile that no row may see is not.
-  __device__ bool decide(FragmentS& acc_s, Ballot& ballot, bool seen) {
+  // A tile that no row may see is not. What is skipped is given back, unless there is more to do.
+  __device__ bool decide(FragmentS& acc_s, Ballot& ballot, bool seen, bool done = true) {
     take_scores(ballot);
     ballot.lane_max[0] = lane_tile_maximum(acc_s, 0);
     ballot.lane_max[1] = lane_tile_maximum(acc_s, 1);
@@ -201,6 +192,23 @@ class VotedMainloop : public AttendProducts<Config> {
         seen & (!(ballot.lane_max[0] < ballot.limit[0]) | !(ballot.lane_max[1] < ballot.limit[1]));
     const bool kept = named_barrier_any(kWarpgroupBarrier + warpgroup_, kWarpgroupThreads, mine);
     ballot.cast(kept);
+    smem_.v_empty[ballot.at.slot].arrive_if(ballot.speaks() & !kept & done);
+    ballot.skipped += !kept;
+    return kept;
+  }
+
+  // The same for a tile with masks, whose values may have to be looked through.
+  __device__ bool decide_masked(FragmentS& acc_s, Ballot& ballot, FragmentO& acc_o,
+                                const Work& work, int flags) {
+    const bool seen = mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
+    if (!seen) ++ballot.unseen;
+    const bool checked = (flags & Config::kCheckedTile) != 0;
+    const bool kept = decide(acc_s, ballot, seen, !checked);
+    if (!kept && checked) {
+      v_ = ballot.at;
+      isolate(acc_o, work, false);
+      release(smem_.v_empty[v_.slot], ballot);
+    }
     return kept;
   }
 
@@ -219,16 +227,6 @@ class VotedMainloop : public AttendProducts<Config> {
     return max_nan(first, lane_maximum<Config>(acc_s, 1, row));
   }
 
-  // The values of a tile that is not kept: nothing to give back, but where they are looked through.
-  __device__ void skip_values(Ballot& ballot, FragmentO& acc_o, const Work& work, int flags) {
-    ++ballot.skipped;
-    if ((flags & Config::kCheckedTile) == 0) return;
-    v_ = ballot.at;
-    isolate(acc_o, work, false);
-    smem_.v_full[v_.slot].wait(v_.phase);
-    release_values();
-  }
-
   template <int kStep>
   __device__ void attend_step(FragmentS& acc_s, FragmentO& acc_o, Softmax& softmax) {
     constexpr int kRegisters = Config::kStepKeys / 2;
@@ -244,7 +242,7 @@ class VotedMainloop : public AttendProducts<Config> {
     for (int i = 0; i < kRegisters; ++i) {
       weights(i) = static_cast<typename Base::Element>(acc_s(kStep * kRegisters + i));
     }
-    Base::template issue_pv<kStep>(weights, acc_o);
+    Base::template issue_pv<kStep>(weights, acc_o, Base::value_stage());
     warpgroup_wait<0>();
     warpgroup_fence_operand(acc_o);
   }

@@ -11,15 +11,28 @@ inline constexpr uint32_t kNoVotes = 0x80808080u;  // before the first phase, 0
 
 enum class Verdict { kOpen, kKept, kSkipped };
 
-// `address` of the warp's byte, in shared memory.
-__device__ __forceinline__ void cast_vote(uint32_t address, uint32_t phase, bool veto) {
-  asm volatile("st.volatile.shared.u8 [%0], %1;" ::"r"(address),
-               "r"(phase << 7 | static_cast<uint32_t>(veto))
-               : "memory");
+inline constexpr uint32_t kNobody = 0;
+
+// `address` of the warp's byte in the first slot, in shared memory; kNobody casts nothing.
+__device__ __forceinline__ void cast_vote(uint32_t address, int slot, uint32_t phase, bool veto) {
+  asm volatile(
+      "{\n"
+      ".reg .pred votes;\n"
+      "setp.ne.u32 votes, %0, 0;\n"
+      "@votes st.volatile.shared.u8 [%1], %2;\n"
+      "}" ::"r"(address),
+      "r"(address + slot * static_cast<uint32_t>(sizeof(uint32_t))),
+      "r"(phase << 7 | static_cast<uint32_t>(veto))
+      : "memory");
 }
 
+__device__ __forceinline__ uint32_t read_word(const uint32_t& word) {
+  return *const_cast<const volatile uint32_t*>(&word);
+}
+__device__ __forceinline__ bool has_veto(uint32_t votes) { return (votes & 0x01010101u) != 0; }
+
 __device__ __forceinline__ Verdict read_votes(const uint32_t& word, uint32_t phase) {
-  const uint32_t votes = *const_cast<const volatile uint32_t*>(&word);
+  const uint32_t votes = read_word(word);
   const uint32_t open = (votes ^ (phase != 0 ? kNoVotes : 0u)) & kNoVotes;
   if ((votes & ~(open >> 7) & 0x01010101u) != 0) return Verdict::kKept;
   return open == 0 ? Verdict::kSkipped : Verdict::kOpen;
@@ -31,7 +44,7 @@ struct Ballot {
   float limit[2];  // a score of a row that is not below keeps the tile
   float floor[2];
   float offset;  // ln(lambda) in unscaled logits
-  uint32_t address;  // of the warp's vote in the first slot; 0 in lanes that do not cast it
+  uint32_t address;  // of the warp's vote in the first slot; kNobody in lanes that do not cast it
   int skipped = 0;  // tiles of the item
   int unseen = 0;
   // Of the tile voted on last:
@@ -50,16 +63,16 @@ struct Ballot {
       floor[half] = row >= 0 && row < rows.end ? policy.lowest_limit() : -negative_infinity();
       limit[half] = negative_infinity();
     }
-    address = thread % kWarpThreads == 0 ? shared_address(words) + thread / kWarpThreads : 0;
+    address = thread % kWarpThreads == 0 ? shared_address(words) + thread / kWarpThreads : kNobody;
   }
   // To the maxima of the kept tiles.
   __device__ void raise(const OnlineSoftmax<2>& softmax) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) limit[row] = fmaxf(softmax.row_max[row] + offset, floor[row]);
   }
-  __device__ void cast(bool veto) const {
-    if (address != 0) cast_vote(address + at.slot * sizeof(uint32_t), at.phase, veto);
-  }
+  __device__ void cast(bool veto) const { cast_vote(address, at.slot, at.phase, veto); }
+  // The lane that speaks for the warp.
+  __device__ bool speaks() const { return address != kNobody; }
 };
 
 }  // namespace attnsieve::sm90
