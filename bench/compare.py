@@ -2,7 +2,7 @@
 
 Usage: python bench/compare.py SUITE [SUITE ...] [--out DIR] [--quick] [--only TEXT]
 Suites: dense, sparse, sparse-long, gqa, select, overhead, decode, sparse-decode, topk, quest,
-threshold, threshold-decode (GPU);
+threshold, threshold-model (loads the demo's model), threshold-decode (GPU);
 cpu, cpu-overhead, cpu-decode (CPU).
 
 Writes DIR/<suite>.json (default bench/results/<gpu or cpu>) after every case; with --only the other
@@ -345,6 +345,13 @@ def cpu(choice: Choice) -> Iterator[dict]:
             )
 
 
+def threshold_model(choice: Choice) -> Iterator[dict]:
+    """Threshold prefill on the tensors of the demo's model."""
+    import cases_model  # other suites do without what this one loads
+
+    return cases_model.threshold_model(choice)
+
+
 SUITES = {
     "dense": ("cuda", dense),
     "sparse": ("cuda", sparse),
@@ -357,6 +364,7 @@ SUITES = {
     "topk": ("cuda", cases_decode.topk),
     "quest": ("cuda", cases_decode.quest),
     "threshold": ("cuda", cases_threshold.threshold),
+    "threshold-model": ("cuda", threshold_model),
     "threshold-decode": ("cuda", cases_threshold.threshold_decode),
     "cpu": ("cpu", cpu),
     "cpu-decode": ("cpu", cases_decode.cpu_decode),

@@ -59,6 +59,10 @@ DECODE_OPS = {
         "tests/test_append_kv.py",
         "sm_80 and (strides or projected or page_and_element or (steps_equal and dtype1-16))",
     ),
+    "threshold_decode": (
+        "tests/test_threshold_decode_rules.py",
+        "sm_80 and (dealt_in_turn or ragged or without_a_page or never_matters)",
+    ),
 }
 DECODE_TOOLS = ("memcheck", "racecheck")
 OWN_KERNELS = ["--kernel-name", "kernel_substring=attnsieve"]  # torch's are not ours to check

@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--threshold-scales",
         nargs="+",
         type=scale,
-        default=[10.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0],
+        default=[10.0, 100.0, 300.0, 600.0, 1000.0, 3000.0, 10000.0],
         help="F of the threshold lambda = F / length",
     )
     options.add_argument(
