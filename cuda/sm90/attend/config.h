@@ -162,10 +162,9 @@ struct AttendConfig {
   // Voted: tiles whose votes and value barriers are kept apart. K of a tile is copied once the values
   // kVotesBehind tiles before are there or known to be skipped, and their stage was free for that: so
   // nobody is a whole ring ahead of another.
-  static constexpr int kVoteSlots = 8;
-  static constexpr int kVotesBehind = 6;
-  static_assert(!kVoted || kVoteSlots % kStagesV == 0);
-  static_assert(!kVoted || (kStagesK <= kVotesBehind && kVotesBehind + kStagesV <= kVoteSlots));
+  static constexpr int kVoteSlots = kStagesV == 1 ? 4 : 8;
+  static constexpr int kVotesBehind = kVoteSlots - kStagesV;
+  static_assert(!kVoted || (kVoteSlots % kStagesV == 0 && kStagesK <= kVotesBehind));
   static constexpr int kValueSlots = kVoted ? kVoteSlots : kStagesV;
   static constexpr int kWorkSlots = 4;
   static constexpr int kIteratorBytes = 32;

@@ -130,7 +130,7 @@ class AttendProducts {
   }
   __device__ void release_values() {
     release(smem_.v_empty[v_.slot]);
-    if constexpr (!Config::kVoted) v_.advance();
+    v_.advance();
   }
 
   static __device__ void round_weights(const FragmentS& acc_s, FragmentP& weights) {
