@@ -79,14 +79,22 @@ class DecodeColumns {
 
   // S^T = K Q^T of 16 keys.
   __device__ void score(const Stored* keys, Scores& scores) const {
+    // Two chains where registers allow, so that an MMA does not wait for the one before.
+    constexpr bool kTwoChains = kColumnTiles == 1;
+    Scores odd = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t rows[4];
       load_keys<Config>(keys, step, lane_, rows);
+      Scores& chain = kTwoChains && step % 2 != 0 ? odd : scores;
 #pragma unroll
       for (int tile = 0; tile < kColumnTiles; ++tile) {
-        decode_mma<Element>(scores[tile], rows, query_[step][tile]);
+        decode_mma<Element>(chain[tile], rows, query_[step][tile]);
       }
+    }
+    if constexpr (kTwoChains) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[0][i] += odd[0][i];
     }
   }
 

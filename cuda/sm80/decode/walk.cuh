@@ -123,6 +123,18 @@ __device__ __forceinline__ DecodeTask make_task(const DecodeArguments& a, int it
   return task;
 }
 
+// Of a key of the item, whose pages are in `table`, if there is one.
+__device__ __forceinline__ KeyPlace place_of_key(const DecodeArguments& a, const DecodeTask& task,
+                                                 const int* table, int position) {
+  if (table == nullptr) return {task.item.batch, position, position};
+  int entry = 0;
+  int row = 0;
+  a.cache_page(entry, row, position);
+  const int page = table[entry];
+  if (page < 0 || page >= a.problem.paged.num_pages) return {0, 0, KeyPlace::kNowhere};
+  return {page, row, position};
+}
+
 __device__ __forceinline__ KeyPlace place_of(const DecodeArguments& a, const DecodeTask& task,
                                              int slot) {
   const PagedKv& paged = a.problem.paged;
@@ -144,12 +156,7 @@ __device__ __forceinline__ KeyPlace place_of(const DecodeArguments& a, const Dec
     if (key >= task.dense_begin) return kNone;
     position = static_cast<int>(key);
   }
-  if (task.table == nullptr) return {task.item.batch, position, position};
-  int entry = 0;
-  int row = 0;
-  a.cache_page(entry, row, position);
-  const int page = task.table[entry];
-  return page >= 0 && page < paged.num_pages ? KeyPlace{page, row, position} : kNone;
+  return place_of_key(a, task, task.table, position);
 }
 
 }  // namespace attnsieve::sm80

@@ -1,5 +1,5 @@
 // One warp's visiting sequence: scores of a tile, a vote of all columns, and only for a kept tile its
-// values. Keys of the next tile are on their way meanwhile.
+// values, step by step under the keys of the next tile, so that a warp has both on their way.
 #pragma once
 
 #include "cuda/common/ptx_sm80.cuh"
@@ -35,6 +35,7 @@ class ThresholdWarp : DecodeColumns<Config> {
   using Scores = typename Base::Scores;
   static constexpr bool kParks = Stages::kParksScores;
   static constexpr int kStages = Stages::kStages;
+  static constexpr int kSlots = kParks ? 1 : kMaxTileSteps;  // for scores in registers
   using Base::a_, Base::lane_, Base::task_, Base::limit_, Base::scale_log2_;
   static constexpr int kColumnTiles = Config::kColumnTiles;
   static constexpr int kLaneColumns = 2 * kColumnTiles;
@@ -46,6 +47,8 @@ class ThresholdWarp : DecodeColumns<Config> {
                            const float* log2_lambda, Stages& smem)
       : Base(a), smem_(smem), log2_lambda_(log2_lambda) {
     task_ = &task;
+    length_ = task.length;
+    table_ = task.table;
     tile_steps_ = a.problem.threshold.skip_block / kTileKeys;
     tiles_ = (task.length + a.problem.threshold.skip_block - 1) / a.problem.threshold.skip_block;
   }
@@ -64,34 +67,54 @@ class ThresholdWarp : DecodeColumns<Config> {
       if (ahead.step == tile_steps_) ahead = {ahead.visit + splits, 0};
       next = place_in(ahead);
     };
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) load_next(i);
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) {
+      cp_async_commit();
+      load_next(i);
+    }
     int stage = 0;
-    for (int visit = split; visit < tiles_; visit += splits) {
-      Scores scores[kParks ? 1 : kMaxTileSteps];
+    int value_stage = 0;
+    int kept_visit = kNone;  // whose values are still to be added
+    Scores scores[kSlots];
+    for (int visit = split; visit < tiles_ || kept_visit != kNone; visit += splits) {
       float maxima[kLaneColumns];
 #pragma unroll
       for (int i = 0; i < kLaneColumns; ++i) maxima[i] = negative_infinity();
+      bool mixed = false;
       for_each_step([&](int step) {
-        cp_async_wait<kStages - 1>();
+        if (kept_visit != kNone) {
+          if constexpr (kParks) fetch_parked(step, scores[0]);
+          attend_step(step, kept_visit, value_stage, scores[0], result);
+        } else {
+          cp_async_commit();  // so that a step waits for as many groups as any other
+        }
+        rotate(scores);
+        cp_async_wait<kSteady>();
         __syncwarp();
-        Scores& own = scores[kParks ? 0 : step];
-        score_step(stage, own, maxima);
+        Scores& own = scores[kSlots - 1];
+        mixed |= score_step(stage, own, maxima);
         if constexpr (kParks) park(step, own);
         __syncwarp();
         load_next(stage);
         stage = stage + 1 == kStages ? 0 : stage + 1;
       });
+      kept_visit = kNone;
+      if (visit >= tiles_) break;
       reduce(maxima);
-      const bool kept = visit == split || vetoes(maxima);
-      if (!kept) {
+      if (visit != split && !vetoes(maxima)) {
         ++skipped_;
         continue;
       }
 #pragma unroll
       for (int i = 0; i < kLaneColumns; ++i) vote_max(i) = max_nan(vote_max(i), maxima[i]);
       Base::rescale(maxima, result);
-      attend(visit, scores, result);
+      kept_visit = visit;
+      mixed_ = __any_sync(0xffffffffu, mixed);
+      value_stage = 0;
+#pragma unroll
+      for (int step = 0; step < kStages; ++step) load_values(step, kept_visit, step);
+#pragma unroll 1
+      for (int step = tile_steps_; step < kSlots; ++step) rotate(scores);
     }
     cp_async_wait<0>();
   }
@@ -108,6 +131,10 @@ class ThresholdWarp : DecodeColumns<Config> {
   }
 
  private:
+  static constexpr int kPassRows = kWarpThreads / Config::kRowChunks;  // of a warp's copies at once
+  static constexpr int kNone = -1;
+  static constexpr int kSteady = 2 * kStages - 1;  // groups behind the one a step waits for
+
   struct Cursor {
     int visit;
     int step;  // 16 keys of the tile
@@ -118,42 +145,84 @@ class ThresholdWarp : DecodeColumns<Config> {
     if (cursor.visit >= tiles_) return {0, 0, KeyPlace::kNowhere};
     const int tile = cursor.visit == 0 ? tiles_ - 1 : cursor.visit - 1;
     const int key = (tile * tile_steps_ + cursor.step) * kTileKeys + lane_ % kTileKeys;
-    if (key >= task_->length) return {0, 0, KeyPlace::kNowhere};
-    return place_of(a_, *task_, key);
+    if (key >= length_) return {0, 0, KeyPlace::kNowhere};
+    return place_of_key(a_, *task_, table_, key);
   }
 
   // Starts the copies of 16 rows of K or V; those that do not exist become zeros.
   __device__ void load(Stored* rows, int* positions, const KeyPlace& place,
                        const KeySource& source) const {
     if (lane_ < kTileKeys) positions[lane_] = place.position;
+    const KeyPlace first{place.outer, place.row - lane_ % kTileKeys, 0};
+    bool follows = place.position != KeyPlace::kNowhere;
+    if (table_ != nullptr) {
+      follows &= first.outer == __shfl_sync(0xffffffffu, first.outer, 0) &&
+                 first.row == __shfl_sync(0xffffffffu, first.row, 0);
+    }
+    if (__all_sync(0xffffffffu, follows)) {
+      copy_run(rows, first, source);
+    } else {
+      scatter(rows, place, source);
+    }
+    cp_async_commit();
+  }
+
+  // Of rows that follow each other, as in a contiguous tensor and in most pages.
+  __device__ void copy_run(Stored* rows, const KeyPlace& first, const KeySource& source) const {
+    // An address may not be overwritten before its copy has read it: as many at once as registers
+    // allow.
+    constexpr int kPasses = kTileKeys / kPassRows;
+    constexpr int kAtOnce = kParks && kPasses > 4 ? 4 : kPasses;
+    const int64_t stride = source.stride_row;
+    const int row = lane_ / Config::kRowChunks;
+    const int chunk = lane_ % Config::kRowChunks;
+    const auto* from = static_cast<const Stored*>(source.data) + first.outer * source.stride_outer +
+                       (first.row + row) * stride + chunk * Config::kChunkElements;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; pass += kAtOnce) {
+      const Stored* addresses[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        addresses[i] = from + (pass + i) * kPassRows * stride;
+        asm volatile("" : "+l"(addresses[i]));
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        cp_async_16(rows + Config::offset((pass + i) * kPassRows + row, chunk), addresses[i]);
+      }
+    }
+  }
+
+  // Of any rows: their addresses are passed from lane to lane.
+  __device__ void scatter(Stored* rows, const KeyPlace& place, const KeySource& source) const {
     const bool exists = place.position != KeyPlace::kNowhere;
     const uint32_t mask = __ballot_sync(0xffffffffu, exists);
     const auto* row_start = static_cast<const Stored*>(source.data);
     if (exists) row_start += place.outer * source.stride_outer + place.row * source.stride_row;
     const auto address = reinterpret_cast<unsigned long long>(row_start);
-    constexpr int kPassRows = kWarpThreads / Config::kRowChunks;
     const int chunk = lane_ % Config::kRowChunks;
-#pragma unroll 4  // the addresses of all passes at once would need too many registers
+#pragma unroll 1
     for (int pass = 0; pass < kTileKeys / kPassRows; ++pass) {
       const int row = pass * kPassRows + lane_ / Config::kRowChunks;
       const auto from = __shfl_sync(0xffffffffu, address, row) + chunk * 16;
       cp_async_16_or_zero(rows + Config::offset(row, chunk), reinterpret_cast<const void*>(from),
                           mask >> row & 1u);
     }
-    cp_async_commit();
   }
 
   // Scores of 16 keys, masked, and their maxima among this lane's.
-  __device__ void score_step(int stage, Scores& scores, float (&maxima)[kLaneColumns]) const {
+  // Returns whether some column sees a key that another does not.
+  __device__ bool score_step(int stage, Scores& scores, float (&maxima)[kLaneColumns]) const {
 #pragma unroll
     for (int i = 0; i < 4 * kColumnTiles; ++i) scores[i / 4][i % 4] = 0.0f;
     Base::score(smem_.keys[stage], scores);
-    Base::mask(smem_.key_positions[stage], scores);
+    const bool mixed = Base::mask(smem_.key_positions[stage], scores);
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i) {
       const auto& tile = scores[i / 2];
       maxima[i] = max_nan(maxima[i], max_nan(tile[i % 2], tile[i % 2 + 2]));
     }
+    return mixed;
   }
   __device__ void park(int step, const Scores& scores) {
 #pragma unroll
@@ -193,49 +262,53 @@ class ThresholdWarp : DecodeColumns<Config> {
     return __any_sync(0xffffffffu, veto);
   }
 
-  // The values of a kept tile: nothing was loaded before the vote.
-  template <int kSlots>
-  __device__ void attend(int visit, Scores (&scores)[kSlots], WarpResult<Config>& result) {
-    int stage = 0;
-    const auto load_step = [&](int step) {
-      load(smem_.values[stage], smem_.value_positions[stage], place_in({visit, step}), task_->v);
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-    };
-#pragma unroll
-    for (int step = 0; step < kStages; ++step) load_step(step);
-    for_each_step([&](int step) {
-      Scores& own = scores[kParks ? 0 : step];
-      if constexpr (kParks) fetch_parked(step, own);
-      Base::weigh(own, result.softmax);
-      cp_async_wait<kStages - 1>();
-      __syncwarp();
-      if (__any_sync(0xffffffffu, is_mixed(smem_.value_positions[stage]))) {
-        Base::isolate(smem_.value_positions[stage], smem_.values[stage], own, result);
-      }
-      typename Base::Rounded weights;
-      Base::round(own, weights);
-      Base::accumulate(smem_.values[stage], weights, result);
-      __syncwarp();
-      if (step + kStages < tile_steps_) {
-        load_step(step + kStages);
-      } else {
-        cp_async_commit();  // so that a step waits for as many groups as any other
-        stage = stage + 1 == kStages ? 0 : stage + 1;
-      }
-    });
+  __device__ void load_values(int stage, int visit, int step) const {
+    load(smem_.values[stage], smem_.value_positions[stage], place_in({visit, step}), task_->v);
   }
 
-  // f(step) for the 16-key steps of a tile. Unrolled where scores are in registers.
+  // Adds the values of 16 keys of a kept tile. Nothing of them was asked for before the vote, where
+  // the first kStages steps were; every step since has asked for values, then for keys.
+  __device__ void attend_step(int step, int visit, int& stage, Scores& own,
+                              WarpResult<Config>& result) {
+    Base::weigh(own, result.softmax);
+    if (step == 0) {
+      cp_async_wait<kStages - 1>();
+    } else if (step == 1) {
+      cp_async_wait<kStages>();
+    } else if (step == 2) {
+      cp_async_wait<(kStages + 1 < kSteady ? kStages + 1 : kSteady)>();
+    } else {
+      cp_async_wait<kSteady>();
+    }
+    __syncwarp();
+    if (mixed_ && __any_sync(0xffffffffu, is_mixed(smem_.value_positions[stage]))) {
+      Base::isolate(smem_.value_positions[stage], smem_.values[stage], own, result);
+    }
+    typename Base::Rounded weights;
+    Base::round(own, weights);
+    Base::accumulate(smem_.values[stage], weights, result);
+    __syncwarp();
+    if (step + kStages < tile_steps_) {
+      load_values(stage, visit, step + kStages);
+    } else {
+      cp_async_commit();
+    }
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+
+  // f(step) for the 16-key steps of a tile. Not unrolled: the instruction cache would not hold them.
   template <class F>
   __device__ void for_each_step(F&& f) const {
-    if constexpr (kParks) {
 #pragma unroll 1
-      for (int step = 0; step < tile_steps_; ++step) f(step);
-    } else {
+    for (int step = 0; step < tile_steps_; ++step) f(step);
+  }
+  // So the scores of a step have a place among registers all the same.
+  static __device__ void rotate(Scores (&scores)[kSlots]) {
 #pragma unroll
-      for (int step = 0; step < kMaxTileSteps; ++step) {
-        if (step >= tile_steps_) break;
-        f(step);
+    for (int slot = 0; slot + 1 < kSlots; ++slot) {
+#pragma unroll
+      for (int i = 0; i < 4 * kColumnTiles; ++i) {
+        scores[slot][i / 4][i % 4] = scores[slot + 1][i / 4][i % 4];
       }
     }
   }
@@ -257,7 +330,10 @@ class ThresholdWarp : DecodeColumns<Config> {
   const float* log2_lambda_;
   int tile_steps_;
   int tiles_;
+  int length_;  // of the task: read for every 16 keys, like its table
+  const int* table_;
   int skipped_ = 0;
+  bool mixed_;  // of the tile kept last: some column sees a key that another does not
 };
 
 }  // namespace attnsieve::sm80

@@ -3,7 +3,7 @@
 //   start()   number of tiles; all 32 lanes call it together
 //   slot()    what stands at `offset` keys into tile `tile` < tiles, or kNoKey
 //   kFetches  whether fetch() loads anything: loops without are half as long, and fit the caches of
-//             instructions beside the consumers' (up to 7 % of the cycles of voted tiles)
+//             instructions beside the consumers' (up to 5 % of the cycles of voted tiles)
 //   fetch()   starts the load that key() needs
 //   key()     first key at the slot, or kNoKey; `fetched` is what fetch() returned, tiles earlier
 #pragma once
