@@ -156,8 +156,9 @@ class ThresholdWarp : DecodeColumns<Config> {
     const KeyPlace first{place.outer, place.row - lane_ % kTileKeys, 0};
     bool follows = place.position != KeyPlace::kNowhere;
     if (table_ != nullptr) {
-      follows &= first.outer == __shfl_sync(0xffffffffu, first.outer, 0) &&
-                 first.row == __shfl_sync(0xffffffffu, first.row, 0);
+      const int outer = __shfl_sync(0xffffffffu, first.outer, 0);
+      const int row = __shfl_sync(0xffffffffu, first.row, 0);
+      follows &= first.outer == outer && first.row == row;
     }
     if (__all_sync(0xffffffffu, follows)) {
       copy_run(rows, first, source);
