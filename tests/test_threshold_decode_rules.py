@@ -168,6 +168,18 @@ def test_nan_logits_veto(op, two_phase):
     assert counters[0, 0].tolist() == [0 if two_phase else 5, 12]
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (8, 2)])  # groups of 4 and of 16 query vectors
+def test_values_stay_with_the_rows_that_see_them(op, heads):
+    """NaN and Inf in the values of the last keys, which the first of four rows do not see."""
+    q, k, v = problem(op, heads=heads, rows=4)
+    v[:, :, -2:] = 0.0
+    want, *_ = op.run(q, k, v, 0.3, num_splits=2, causal=True)
+    v[:, :, -2], v[:, :, -1] = INF, NAN
+    got, *_ = op.run(q, k, v, 0.3, num_splits=2, causal=True)
+    assert_bitwise(got[:, :, :2], want[:, :, :2], "rows that see neither")
+    assert not got[:, :, 2].isfinite().any() and got[:, :, 3].isnan().all()
+
+
 @pytest.mark.parametrize("two_phase", [False, True])
 def test_sink_takes_no_part_in_decisions(op, two_phase):
     q, k, v = problem(op)
