@@ -1,4 +1,5 @@
-// The whole test framework: CHECK(condition) counts, finish() prints and gives main's return value.
+// The whole test framework: CHECK(condition) counts, finish() prints and gives main's return value;
+// contains() looks into an error's text.
 #pragma once
 
 #include <cstdio>
@@ -18,6 +19,10 @@ inline void record(bool ok, const char* text, const char* file, int line) {
   ++failed;
   constexpr int kShown = 20;
   if (failed <= kShown) std::printf("%s:%d: failed: %s [%s]\n", file, line, text, context.c_str());
+}
+
+inline bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
 }
 
 inline int finish() {

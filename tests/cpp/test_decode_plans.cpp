@@ -10,10 +10,6 @@ using namespace attnsieve;
 
 namespace {
 
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
-
 DecodeProblem decode_problem(int64_t heads, int64_t kv_heads, int64_t rows, int64_t keys) {
   DecodeProblem problem;
   problem.batch = 3;
@@ -97,7 +93,7 @@ void decode_plans() {
     try {
       cuda::plan_decode(problem, {80, 108});
     } catch (const InvalidArgument& error) {
-      refused = contains(error.what(), "keys");
+      refused = check::contains(error.what(), "keys");
     }
     CHECK(refused);
   }
@@ -126,7 +122,7 @@ void threshold_plans() {
   try {
     cuda::plan_threshold_decode(problem);
   } catch (const InvalidArgument& error) {
-    refused = contains(error.what(), "2147483648 keys");
+    refused = check::contains(error.what(), "2147483648 keys");
   }
   CHECK(refused);
 }

@@ -34,10 +34,6 @@ std::string refusal(DType dtype, int64_t head_dim, int compute_capability,
   }
 }
 
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
-
 void backends() {
   for (int compute_capability : {80, 86, 89, 90, 100, 120}) {
     for (DType dtype : {DType::kFloat16, DType::kBFloat16}) {
@@ -48,16 +44,16 @@ void backends() {
         const Backend best = compute_capability == 90 ? Backend::kSm90 : Backend::kSm80;
         const std::string missing = "head_dim " + std::to_string(head_dim) + ";";
         if (!capability("attend", Backend::kSm80).supports(dtype, head_dim)) {
-          CHECK(contains(refusal(dtype, head_dim, compute_capability, "sm_80"), missing));
+          CHECK(check::contains(refusal(dtype, head_dim, compute_capability, "sm_80"), missing));
           const std::string text = refusal(dtype, head_dim, compute_capability);
-          CHECK(best == Backend::kSm90 ? text.empty() : contains(text, missing));
+          CHECK(best == Backend::kSm90 ? text.empty() : check::contains(text, missing));
           continue;
         }
         CHECK(choose(problem, compute_capability) == best);
         CHECK(choose(problem, compute_capability, "") == best);
         CHECK(choose(problem, compute_capability, "sm_80") == Backend::kSm80);
         const std::string forced = refusal(dtype, head_dim, compute_capability, "sm_90");
-        CHECK(compute_capability == 90 ? forced.empty() : contains(forced, "9.0"));
+        CHECK(compute_capability == 90 ? forced.empty() : check::contains(forced, "9.0"));
       }
     }
   }
@@ -65,20 +61,21 @@ void backends() {
   for (int compute_capability : {0, 61, 75}) {
     const std::string text = refusal(DType::kFloat16, 64, compute_capability);
     CHECK(text.rfind(Unsupported::kPrefix, 0) == 0);
-    CHECK(contains(text, "8.0"));
+    CHECK(check::contains(text, "8.0"));
   }
-  CHECK(contains(refusal(DType::kFloat16, 64, 75), "7.5"));
+  CHECK(check::contains(refusal(DType::kFloat16, 64, 75), "7.5"));
 
   check::context = "refusals print what was asked and what is supported";
   const std::string wrong_dtype = refusal(DType::kFloat32, 64, 90);
-  CHECK(contains(wrong_dtype, "got dtype float32, head_dim 64"));
-  CHECK(contains(wrong_dtype, "dtype in {float16, bfloat16} and head_dim in {64, "));
+  CHECK(check::contains(wrong_dtype, "got dtype float32, head_dim 64"));
+  CHECK(check::contains(wrong_dtype, "dtype in {float16, bfloat16} and head_dim in {64, "));
   for (const char* forced : {"sm_80", "sm_90"}) {
     const Backend backend = forced == std::string("sm_80") ? Backend::kSm80 : Backend::kSm90;
     for (int64_t head_dim : {0, 8, 63, 64, 65, 96, 128, 192, 256}) {
       const bool served = capability("attend", backend).supports(DType::kBFloat16, head_dim);
       const std::string text = refusal(DType::kBFloat16, head_dim, 90, forced);
-      CHECK(served ? text.empty() : contains(text, "head_dim " + std::to_string(head_dim) + ";"));
+      CHECK(served ? text.empty()
+                   : check::contains(text, "head_dim " + std::to_string(head_dim) + ";"));
     }
   }
   check::context = "a backend that does not exist";
@@ -86,7 +83,7 @@ void backends() {
   try {
     choose(problem_of(DType::kFloat16, 64), 90, "sm_100");
   } catch (const InvalidArgument& error) {
-    refused = contains(error.what(), "sm_100") && contains(error.what(), "sm_90");
+    refused = check::contains(error.what(), "sm_100") && check::contains(error.what(), "sm_90");
   }
   CHECK(refused);
 }
@@ -119,8 +116,8 @@ void plan_invariants(int64_t head_dim, int block_q, int block_k, int page_size, 
     } catch (const Unsupported& error) {
       text = error.what();
     }
-    CHECK(contains(text, "skip_block 128") && contains(text, "head_dim 256"));
-    CHECK(contains(text, "use skip_block 64"));
+    CHECK(check::contains(text, "skip_block 128") && check::contains(text, "head_dim 256"));
+    CHECK(check::contains(text, "use skip_block 64"));
     return;
   }
   const sm90::AttendPlan plan = sm90::plan_attend(problem);
@@ -263,21 +260,21 @@ void table() {
     for (int head_dim : row.head_dims) {
       CHECK(head_dim <= row.max_head_dim);
       CHECK(row.supports(row.dtypes[0], head_dim));
-      CHECK(contains(row.supported(), std::to_string(head_dim)));
+      CHECK(check::contains(row.supported(), std::to_string(head_dim)));
     }
     if (row.head_dims.empty() && row.max_head_dim > 0) {
       CHECK(row.supports(row.dtypes[0], row.max_head_dim));
       CHECK(!row.supports(row.dtypes[0], row.max_head_dim + 8));
       CHECK(!row.supports(row.dtypes[0], 12));
     }
-    for (DType dtype : row.dtypes) CHECK(contains(row.supported(), dtype_name(dtype)));
+    for (DType dtype : row.dtypes) CHECK(check::contains(row.supported(), dtype_name(dtype)));
   }
   check::context = "an op that does not exist";
   bool refused = false;
   try {
     capability("no_such_op", Backend::kCpu);
   } catch (const Unsupported& error) {
-    refused = contains(error.what(), "no_such_op");
+    refused = check::contains(error.what(), "no_such_op");
   }
   CHECK(refused);
 
@@ -287,7 +284,7 @@ void table() {
   try {
     require_supported("attend", Backend::kCpu, DType::kFloat32, 264);
   } catch (const Unsupported& error) {
-    refused = contains(error.what(), "a multiple of 8 up to 256");
+    refused = check::contains(error.what(), "a multiple of 8 up to 256");
   }
   CHECK(refused);
 }
