@@ -40,13 +40,13 @@ struct RowResult {
   float lse;
 };
 
-// `row_max` is an unscaled logit, `row_sum` the whole sum of its row, `sink` a further logit or
-// -inf. A row that saw nothing gets scale 0 and lse -inf; with a sink, 0 and the sink.
-__device__ __forceinline__ RowResult finish_row(float row_max, float row_sum, float softmax_scale,
-                                                float sink) {
+// `row_max` is an unscaled logit, `row_sum` the whole sum of its row relative to `base`, `sink` a
+// further logit or -inf. A row that saw nothing gets scale 0 and lse -inf; with a sink, 0 and the
+// sink.
+__device__ __forceinline__ RowResult finish_row(float row_max, float base, float row_sum,
+                                                float softmax_scale, float sink) {
   const float scale_log2 = softmax_scale * kLog2e;
   // Undoing the rounding of the base keeps the lse of large logits within one rounding.
-  const float base = base_of(row_max, scale_log2);
   const bool empty = row_max == negative_infinity();
   const float correction = empty ? 1.0f : exp2_approx(-fmaf(row_max, scale_log2, -base));
   const float sum = row_sum * correction;
@@ -67,6 +67,11 @@ __device__ __forceinline__ RowResult finish_row(float row_max, float row_sum, fl
     result.lse = fmaf(row_max, softmax_scale, logf(total));
   }
   return result;
+}
+__device__ __forceinline__ RowResult finish_row(float row_max, float row_sum, float softmax_scale,
+                                                float sink) {
+  return finish_row(row_max, base_of(row_max, softmax_scale * kLog2e), row_sum, softmax_scale,
+                    sink);
 }
 
 // Running maximum (unscaled logits), and this lane's part of the running sum, for kRows rows.

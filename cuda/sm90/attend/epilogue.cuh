@@ -12,7 +12,7 @@ namespace attnsieve::sm90 {
 template <class Config, class Mainloop>
 __device__ void store_output(const AttendProblem& problem, const Work& work,
                              const Mainloop& mainloop, typename Config::SharedStorage& smem,
-                             typename Mainloop::FragmentO& acc_o, const OnlineSoftmax<2>& softmax) {
+                             typename Mainloop::FragmentO& acc_o, const LazySoftmax& softmax) {
   using Element = typename Config::Element;
   // Opaque, or the addresses below would be formed ahead of the main loop and live through it.
   int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
@@ -30,8 +30,8 @@ __device__ void store_output(const AttendProblem& problem, const Work& work,
   float scale[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const RowResult result = finish_row(softmax.row_max[half], quad_sum(softmax.row_sum[half]),
-                                        problem.softmax_scale, sink);
+    const RowResult result =
+        softmax.finish(half, quad_sum(softmax.row_sum[half]), problem.softmax_scale, sink);
     scale[half] = result.scale;
     const int query_row = row + warp * 16 + lane / 4 + half * 8;
     if (problem.lse.data != nullptr && lane % 4 == 0 && query_row >= 0 && query_row < row_end) {

@@ -80,7 +80,7 @@ __device__ void consume(const AttendArguments& arguments, typename Config::Share
     const Rows rows = mainloop.rows_of(work);
     typename Config::SkipPolicy policy(problem, work.batch, rows.end > 0 ? rows.head : work.head);
     typename Mainloop::FragmentO acc_o;
-    OnlineSoftmax<2> softmax;
+    LazySoftmax softmax;
     mainloop.run(work, policy, feed, acc_o, softmax);
     if constexpr (Config::kVoted) {
       if (rows.begin < rows.end && rows.begin > -kWarpgroupRows &&
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   Mainloop mainloop(arguments, smem);
   typename Config::SkipPolicy policy(arguments.problem, work.batch, work.head);
   typename Mainloop::FragmentO acc_o;
-  OnlineSoftmax<2> softmax;
+  LazySoftmax softmax;
   mainloop.run(work, policy, feed, acc_o, softmax);
   store_output<Config>(arguments.problem, work, mainloop, smem, acc_o, softmax);
 }

@@ -16,7 +16,7 @@ class AttendMainloop : public AttendProducts<Config> {
   using Base = AttendProducts<Config>;
   using Base::rescale_output, Base::issue_qk, Base::release_keys, Base::release_values,
       Base::isolate, Base::await_turn, Base::pass_turn, Base::kTakesTurns, Base::rows_of,
-      Base::round_weights, Base::smem_, Base::scale_log2_, Base::k_, Base::v_;
+      Base::round_weights, Base::settle, Base::smem_, Base::scale_log2_, Base::k_, Base::v_;
   using typename Base::FragmentO, typename Base::FragmentP, typename Base::FragmentS,
       typename Base::SkipPolicy, typename Base::Softmax;
 
@@ -43,9 +43,12 @@ class AttendMainloop : public AttendProducts<Config> {
     release_keys();
     feed.refill();
     const auto scores = rows_columns<Config::kStepKeys>(acc_s, 0);
+    float rescale[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      softmax.weigh(half, scores, maximum<Config>(acc_s, 0, half), scale_log2_);
+    for (int row = 0; row < 2; ++row) {
+      softmax.relate(row, scores, scale_log2_);
+      settle(softmax, row, 0, acc_s, 0.0f, rescale[row]);
+      softmax.weigh(row, scores);
     }
     round_weights(acc_s, weights);
     if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
@@ -67,29 +70,18 @@ class AttendMainloop : public AttendProducts<Config> {
         mask_tile<Config>(acc_s, smem_.k_record[k_.slot], work, rows_of(work));
       release_keys();
       feed.refill();
-      if constexpr (!kPinned) {
-        const float maxima[2] = {maximum<Config>(acc_s, 0, 0), maximum<Config>(acc_s, 0, 1)};
-        const float rescale[2] = {softmax.weigh(0, scores, maxima[0], scale_log2_),
-                                  softmax.weigh(1, scores, maxima[1], scale_log2_)};
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(acc_o);
-        release_values();
-        round_weights(acc_s, weights);
-        rescale_output(acc_o, rescale);
-      } else {
-        auto row0 = softmax.begin(0, maximum<Config>(acc_s, 0, 0), scale_log2_);
-        scores(1, 0) = order.after(scores(1, 0), row0.base);
-        softmax.weigh(0, row0, scores, scale_log2_);
-        auto row1 = softmax.begin(1, maximum<Config>(acc_s, 0, 1), scale_log2_);
-        order.complete(softmax.row_sum[0]);
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(acc_o);
-        release_values();
-        row1.base = order.after(row1.base, acc_o(0));
-        softmax.weigh(1, row1, scores, scale_log2_);
-        round_weights(acc_s, weights);
-        rescale_output(acc_o, {row0.rescale, row1.rescale});
-      }
+      softmax.relate(0, scores, scale_log2_);
+      bool moved = settle(softmax, 0, 0, acc_s, positive_maximum<Config>(acc_s, 0, 0), rescale[0]);
+      softmax.weigh(0, scores);
+      softmax.relate(1, scores, scale_log2_);
+      moved |= settle(softmax, 1, 0, acc_s, positive_maximum<Config>(acc_s, 0, 1), rescale[1]);
+      if constexpr (kPinned) order.complete(softmax.row_sum[0]);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc_o);
+      release_values();
+      if (moved) rescale_output(acc_o, rescale);
+      softmax.weigh(1, scores);
+      round_weights(acc_s, weights);
       if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
     }
     smem_.v_full[v_.slot].wait(v_.phase);

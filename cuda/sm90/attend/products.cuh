@@ -6,7 +6,7 @@
 
 #include "cuda/sm90/attend/isolate.cuh"
 #include "cuda/sm90/attend/order.cuh"
-#include "cuda/sm90/attend/rows.cuh"
+#include "cuda/sm90/attend/softmax.cuh"
 
 namespace attnsieve::sm90 {
 
@@ -34,7 +34,7 @@ class AttendProducts {
   // rounded.
   using FragmentP =
       decltype(make_tensor<Element>(Shape<Shape<_2, _2, _2>, _1, Int<Config::kStepKeys / 16>>{}));
-  using Softmax = OnlineSoftmax<2>;
+  using Softmax = LazySoftmax;
 
   __device__ AttendProducts(const AttendArguments& arguments, SharedStorage& smem)
       : a_(arguments),
@@ -133,17 +133,24 @@ class AttendProducts {
     v_.advance();
   }
 
+  // Row `row` of a step of exponents, of which the lane knows the greatest: the base moves where a
+  // row of the warp needs it. Returns whether one did.
+  static __device__ bool settle(Softmax& softmax, int row, int step, FragmentS& acc_s,
+                                float greatest, float& rescale) {
+    rescale = 1.0f;
+    if (!__any_sync(0xffffffffu, softmax.exceeds(row, greatest))) return false;
+    rescale =
+        softmax.raise(row, rows_columns<Config::kStepKeys>(acc_s, step * Config::kStepKeys / 2),
+                      lane_maximum<Config>(acc_s, step, row));
+    return true;
+  }
+
   static __device__ void round_weights(const FragmentS& acc_s, FragmentP& weights) {
 #pragma unroll
     for (int i = 0; i < size(weights); ++i) weights(i) = static_cast<Element>(acc_s(i));
   }
 
-  // Where the maxima mostly stand, most tiles leave the output as it is.
   static __device__ void rescale_output(FragmentO& acc_o, const float (&rescale)[2]) {
-    if (Config::kWarpgroups == 1 &&
-        !__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
-      return;
-    }
     rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
   }
 

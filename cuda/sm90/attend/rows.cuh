@@ -50,6 +50,21 @@ __device__ __forceinline__ float lane_maximum(Fragment& acc_s, int step, int row
   return max_nan(even, odd);
 }
 
+// The same of numbers one of which is positive, as the maximum of three integers at a time costs
+// what that of two floats does; if none is, a negative number. NaN counts as the greatest.
+template <class Config, class Fragment>
+__device__ __forceinline__ float positive_maximum(Fragment& acc_s, int step, int row) {
+  const auto numbers = rows_columns<Config::kStepKeys>(acc_s, step * Config::kStepKeys / 2);
+  int chains[2] = {__float_as_int(numbers(row, 0)), __float_as_int(numbers(row, 1))};
+#pragma unroll
+  for (int column = 2; column < size<1>(numbers); column += 2) {
+    int& chain = chains[column / 2 % 2];
+    chain = __vimax3_s32(chain, __float_as_int(numbers(row, column)),
+                         __float_as_int(numbers(row, column + 1)));
+  }
+  return __int_as_float(max(chains[0], chains[1]));
+}
+
 // Over all keys of the step, in all lanes of a quad.
 template <class Config, class Fragment>
 __device__ __forceinline__ float maximum(Fragment& acc_s, int step, int row) {

@@ -15,8 +15,8 @@ class VotedMainloop : public AttendProducts<Config> {
       typename Base::SkipPolicy, typename Base::Softmax;
   using Ballot = attnsieve::sm90::Ballot<Config>;
   using Base::issue_qk, Base::isolate, Base::uniform, Base::rows_of, Base::round_weights,
-      Base::rescale_output, Base::smem_, Base::scale_log2_, Base::warpgroup_, Base::k_, Base::v_,
-      Base::votes_;
+      Base::rescale_output, Base::settle, Base::smem_, Base::scale_log2_, Base::warpgroup_,
+      Base::k_, Base::v_, Base::votes_;
 
   using Base::Base;
 
@@ -60,13 +60,13 @@ class VotedMainloop : public AttendProducts<Config> {
       } while (!kept && left > 0);
       if (!kept) break;
       float rescale[2];
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        rescale[row] = softmax.weigh(row, scores, quad_max(ballot.lane_max[row]), scale_log2_);
-      }
-      ballot.raise(softmax);
+      bool moved = begin_row(softmax, 0, acc_s, ballot, rescale);
+      moved |= begin_row(softmax, 1, acc_s, ballot, rescale);
+      if (moved) rescale_output(acc_o, rescale);
+      softmax.weigh(0, scores);
+      softmax.weigh(1, scores);
       round_weights(acc_s, weights);
-      rescale_output(acc_o, rescale);
+      ballot.raise();
       v_ = ballot.at;
       if ((flags & Config::kCheckedTile) != 0) isolate(acc_o, work, true);
 
@@ -81,19 +81,26 @@ class VotedMainloop : public AttendProducts<Config> {
         take_scores(ballot);
         // The tile will be kept, like the one before: row 0 is weighed before the vote is known.
         const Softmax before = softmax;
-        const float row0_lane_max = lane_maximum<Config>(acc_s, 0, 0);
-        auto row0 = softmax.begin(0, quad_max(row0_lane_max), scale_log2_);
-        scores(1, 0) = order.after(scores(1, 0), row0.base);
-        softmax.weigh(0, row0, scores, scale_log2_);
-        const float row1_lane_max = lane_maximum<Config>(acc_s, 0, 1);
-        auto row1 = softmax.begin(1, quad_max(row1_lane_max), scale_log2_);
-        kept = confer(ballot, __any_sync(0xffffffffu, !(row0_lane_max < ballot.limit[0]) |
-                                                          !(row1_lane_max < ballot.limit[1])));
+        ballot.lane_max[0] = lane_maximum<Config>(acc_s, 0, 0);
+        moved = begin_row(softmax, 0, acc_s, ballot, rescale);
+        softmax.weigh(0, scores);
+        ballot.lane_max[1] = lane_maximum<Config>(acc_s, 0, 1);
+        kept = confer(ballot, __any_sync(0xffffffffu, !(ballot.lane_max[0] < ballot.limit[0]) |
+                                                          !(ballot.lane_max[1] < ballot.limit[1])));
         if (!kept) {
           softmax = before;
           break;
         }
-        finish_tile(order, ballot, softmax, row0, row1, acc_s, weights, acc_o);
+        moved |= begin_row(softmax, 1, acc_s, ballot, rescale);
+        order.complete(softmax.row_sum[0]);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(acc_o);
+        release(smem_.v_empty[v_.slot], ballot);
+        if (moved) rescale_output(acc_o, rescale);
+        softmax.weigh(1, scores);
+        ballot.raise();
+        round_weights(acc_s, weights);
+        v_ = ballot.at;
       }
       if (kept) {
         smem_.v_full[v_.slot].wait(v_.phase);
@@ -119,20 +126,12 @@ class VotedMainloop : public AttendProducts<Config> {
     warpgroup_fence_operand(acc_s);
   }
 
-  // From the weights of row 0 to those of the tile, and O relative to its maxima.
-  __device__ void finish_tile(const Order& order, Ballot& ballot, Softmax& softmax,
-                              typename Softmax::Row& row0, typename Softmax::Row& row1,
-                              FragmentS& acc_s, FragmentP& weights, FragmentO& acc_o) {
-    order.complete(softmax.row_sum[0]);
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(acc_o);
-    release(smem_.v_empty[v_.slot], ballot);
-    row1.base = order.after(row1.base, acc_o(0));
-    softmax.weigh(1, row1, rows_columns<Config::kStepKeys>(acc_s, 0), scale_log2_);
-    ballot.raise(softmax);
-    round_weights(acc_s, weights);
-    rescale_output(acc_o, {row0.rescale, row1.rescale});
-    v_ = ballot.at;
+  // Exponents of a row whose maximum in the lane is known. Returns whether a base moved.
+  __device__ bool begin_row(Softmax& softmax, int row, FragmentS& acc_s, const Ballot& ballot,
+                            float (&rescale)[2]) const {
+    const float greatest = softmax.exponent(row, ballot.lane_max[row], scale_log2_);
+    softmax.relate(row, rows_columns<Config::kStepKeys>(acc_s, 0), scale_log2_);
+    return settle(softmax, row, 0, acc_s, greatest, rescale[row]);
   }
 
   // Two softmax steps of a tile, one after the other; values are used right after the vote.
@@ -156,7 +155,7 @@ class VotedMainloop : public AttendProducts<Config> {
       // step from being formed during the first, for which there are no registers.
       if ((flags & Config::kPaddedStep) == 0) attend_step<0>(acc_s, acc_o, softmax);
       attend_step<1>(acc_s, acc_o, softmax);
-      ballot.raise(softmax);
+      ballot.raise();
       release(smem_.v_empty[v_.slot], ballot);
     }
     policy.count(ballot.skipped - ballot.unseen, work.tiles - ballot.unseen);
@@ -230,13 +229,17 @@ class VotedMainloop : public AttendProducts<Config> {
   template <int kStep>
   __device__ void attend_step(FragmentS& acc_s, FragmentO& acc_o, Softmax& softmax) {
     constexpr int kRegisters = Config::kStepKeys / 2;
+    const auto scores = rows_columns<Config::kStepKeys>(acc_s, kStep * kRegisters);
     float rescale[2];
+    bool moved = false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      rescale[row] = softmax.weigh(row, rows_columns<Config::kStepKeys>(acc_s, kStep * kRegisters),
-                                   maximum<Config>(acc_s, kStep, row), scale_log2_);
+      softmax.relate(row, scores, scale_log2_);
+      moved |= settle(softmax, row, kStep, acc_s, positive_maximum<Config>(acc_s, kStep, row),
+                      rescale[row]);
+      softmax.weigh(row, scores);
     }
-    rescale_rows(rows_columns<Config::kHeadDim>(acc_o, 0), rescale);
+    if (moved) rescale_output(acc_o, rescale);
     FragmentP weights;
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {

@@ -42,6 +42,7 @@ __device__ __forceinline__ Verdict read_votes(const uint32_t& word, uint32_t pha
 template <class Config>
 struct Ballot {
   float limit[2];  // a score of a row that is not below keeps the tile
+  float row_max[2];  // over the tiles kept so far
   float floor[2];
   float offset;  // ln(lambda) in unscaled logits
   uint32_t address;  // of the warp's vote in the first slot; kNobody in lanes that do not cast it
@@ -62,13 +63,17 @@ struct Ballot {
       const int row = rows.begin + row_of(thread, half);
       floor[half] = row >= 0 && row < rows.end ? policy.lowest_limit() : -negative_infinity();
       limit[half] = negative_infinity();
+      row_max[half] = negative_infinity();
     }
     address = thread % kWarpThreads == 0 ? shared_address(words) + thread / kWarpThreads : kNobody;
   }
-  // To the maxima of the kept tiles.
-  __device__ void raise(const OnlineSoftmax<2>& softmax) {
+  // Takes the maxima of a kept tile into account.
+  __device__ void raise() {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) limit[row] = fmaxf(softmax.row_max[row] + offset, floor[row]);
+    for (int row = 0; row < 2; ++row) {
+      row_max[row] = max_nan(row_max[row], quad_max(lane_max[row]));
+      limit[row] = fmaxf(row_max[row] + offset, floor[row]);
+    }
   }
   __device__ void cast(bool veto) const { cast_vote(address, at.slot, at.phase, veto); }
   // The lane that speaks for the warp.
