@@ -191,6 +191,23 @@ def test_threshold_zero_and_none(device, causal, density, skip_block):
         check_against_oracle(attention, build(case), f"{threshold} {skip_block} {case!r}")
 
 
+@pytest.mark.parametrize("rise", [0.5, 5.0, 40.0])  # of the logits, from a tile to the next
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_maxima_that_rise_from_tile_to_tile(device, head_dim, rise):
+    """In the visiting order: rows rescale what they have gathered, each by its own factors."""
+    case = Case(device, 200, 768, head_dim=head_dim, seed=6)
+    problem = build(case)
+    tiles = torch.tensor([1.0, 2, 3, 4, 5, 0], device=device)  # the last tile is visited first
+    rows = torch.arange(case.seqlen_q, device=device) % 3 / 2  # by half of it, or not at all
+    problem.q[..., 0] = rows.to(case.dtype) * head_dim**0.5
+    problem.k[..., 0] = (rise * tiles).repeat_interleave(128).to(case.dtype)
+    check_against_oracle(attnsieve.block_sparse_attention, problem, f"{rise} {head_dim}")
+    q, k, v = problem.q, problem.k, problem.v
+    none, zero = (attnsieve.threshold_attention(q, k, v, x, return_lse=True) for x in (None, 0.0))
+    for got, want in zip(zero, none, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("num_states", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merge_states(device, dtype, num_states):
