@@ -191,7 +191,7 @@ def test_threshold_zero_and_none(device, causal, density, skip_block):
         check_against_oracle(attention, build(case), f"{threshold} {skip_block} {case!r}")
 
 
-@pytest.mark.parametrize("rise", [0.5, 5.0, 40.0])  # of the logits, from a tile to the next
+@pytest.mark.parametrize("rise", [0.5, 5.0, 12.0])  # of the logits, from a tile to the next
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_maxima_that_rise_from_tile_to_tile(device, head_dim, rise):
     """In the visiting order: rows rescale what they have gathered, each by its own factors."""

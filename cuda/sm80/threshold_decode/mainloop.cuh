@@ -134,6 +134,7 @@ class ThresholdWarp : DecodeColumns<Config> {
   static constexpr int kPassRows = kWarpThreads / Config::kRowChunks;  // of a warp's copies at once
   static constexpr int kNone = -1;
   static constexpr int kSteady = 2 * kStages - 1;  // groups behind the one a step waits for
+  static_assert(kStages <= 3, "attend_step() counts the groups of three steps");
 
   struct Cursor {
     int visit;
@@ -267,8 +268,10 @@ class ThresholdWarp : DecodeColumns<Config> {
     load(smem_.values[stage], smem_.value_positions[stage], place_in({visit, step}), task_->v);
   }
 
-  // Adds the values of 16 keys of a kept tile. Nothing of them was asked for before the vote, where
-  // the first kStages steps were; every step since has asked for values, then for keys.
+  // Adds the values of 16 keys of a kept tile. The groups of copies behind those values may still be
+  // under way: after the vote the values of kStages steps were asked for, one group each; then every
+  // step asked for the values of a further step and for the keys of one. So kStages - 1 groups lie
+  // behind those of the first step, one more behind each of the next, and kSteady behind the rest.
   __device__ void attend_step(int step, int visit, int& stage, Scores& own,
                               WarpResult<Config>& result) {
     Base::weigh(own, result.softmax);

@@ -1,9 +1,9 @@
 // One warpgroup's loop over the tiles of a work item: S = Q K^T -> mask -> online softmax -> O += P
 // V, with the next S issued before the last P V.
 //
-// Order of a tile, pinned (order.cuh) where ptxas chooses another: maximum of row 0; its weights,
-// under which the maximum of row 1 is found; the wait for P V of the tile before, which gives V
-// back; the weights of row 1, under which O is rescaled and the weights are rounded.
+// Order of a tile, pinned (order.cuh) where ptxas chooses another: whether row 0 moves its base; its
+// weights; whether row 1 does; the wait for P V of the tile before, which gives V back; the weights
+// of row 1, under which the weights are rounded.
 #pragma once
 
 #include "cuda/sm90/attend/products.cuh"

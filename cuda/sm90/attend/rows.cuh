@@ -65,12 +65,6 @@ __device__ __forceinline__ float positive_maximum(Fragment& acc_s, int step, int
   return __int_as_float(max(chains[0], chains[1]));
 }
 
-// Over all keys of the step, in all lanes of a quad.
-template <class Config, class Fragment>
-__device__ __forceinline__ float maximum(Fragment& acc_s, int step, int row) {
-  return quad_max(lane_maximum<Config>(acc_s, step, row));
-}
-
 // Keys that a row does not see become -inf. Returns whether the warpgroup's rows see any key.
 template <class Config, class Fragment, class Record, class Work>
 __device__ __forceinline__ bool mask_tile(Fragment& acc_s, const Record& record, const Work& work,

@@ -36,9 +36,8 @@ class LazySoftmax {
     }
   }
 
-  // Whether a lane's greatest exponent moves the base. The bits of positive numbers, as integers, are
-  // in their order and above those of negative ones: greatest_bits(), which is cheaper than a maximum
-  // of floats, serves as well.
+  // Whether a lane's greatest exponent moves the base. Compared as integers, among which positive
+  // numbers keep their order and lie above negative ones: positive_maximum() serves as well.
   __device__ bool exceeds(int row, float greatest) const {
     return !has_base_[row] || __float_as_int(greatest) > __float_as_int(kTolerance);
   }
