@@ -304,6 +304,7 @@ DTYPE_REFUSALS = {  # float32 runs on CUDA too, or it does not
         "",
         lambda x: attnsieve.append_kv(x, x, x, x, seq_lens=torch.full((1,), 8, device=x.device)),
     ),
+    "quantize_blocks": ("", attnsieve.quantize_blocks),
     "merge_states": ("", lambda x: attnsieve.merge_states(x, x[..., 0].float())),
     "block_sparse_attention": (
         "(CPU only)",

@@ -27,7 +27,9 @@ def every_op(problem):
     merged = attnsieve.merge_states(
         torch.stack([attended[0], walked[0]]), torch.stack([attended[1], walked[1]])
     )
-    return (*attended, *walked, chosen.counts, chosen.columns, *merged)
+    coded = attnsieve.quantize_blocks(args[1], scale_rows="key_quads")
+    codes = (coded.codes, coded.scales, coded.mean)
+    return (*attended, *walked, chosen.counts, chosen.columns, *merged, *codes)
 
 
 def test_repeats(device):

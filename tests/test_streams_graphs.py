@@ -95,8 +95,13 @@ def append(problem):
     return *caches, bounds, side["proxy"]
 
 
+def quantize(problem):
+    coded = [attnsieve.quantize_blocks(problem.k, bits=n, scale_rows=32) for n in (8, 4)]
+    return tuple(x for c in coded for x in (c.codes, c.scales, c.mean))
+
+
 OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge, select_tokens, decode)
-OPS = (*OPS, skip_tiles, score_tokens, append)
+OPS = (*OPS, skip_tiles, score_tokens, append, quantize)
 
 
 def problem_of(seed):

@@ -1,4 +1,4 @@
-"""The ops of the decode family are good torch citizens."""
+"""The ops of the decode and estimate families are good torch citizens."""
 
 import pytest
 import torch
@@ -35,6 +35,8 @@ SCHEMAS = {
     "append_kv": "attnsieve::append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor? block_table, Tensor? seq_lens, Tensor? cu_seqlens, Tensor? k_scale, Tensor? v_scale, "
     "Tensor(c!)? bounds, int bounds_page_size, Tensor? projection, Tensor(d!)? proxy) -> ()",
+    "quantize_blocks": "attnsieve::quantize_blocks(Tensor x, Tensor? cu_seqlens, int bits, "
+    "int scale_rows, int block_rows, bool smooth) -> (Tensor codes, Tensor scales, Tensor mean)",
 }
 
 
@@ -156,11 +158,27 @@ def append_samples():
     }
 
 
+def quantize_samples():
+    x = randn((2, 3, 70, 64))
+    bshd = x.transpose(1, 2).contiguous().transpose(1, 2)
+    offsets = torch.tensor([0, 0, 33, 70], dtype=torch.int32)
+    return {
+        "rows": (x, None, 8, 0, 1, True),
+        "blocks": (bshd, None, 8, 0, 64, False),
+        "4 bits": (x.bfloat16(), None, 4, 1, 1, True),
+        "packed": (x[0].transpose(0, 1), offsets, 8, 2, 1, True),
+        "packed rows": (x[0].transpose(0, 1).contiguous(), offsets, 4, 0, 1, False),
+        "no rows": (x[:, :, :0], None, 8, 0, 16, True),
+        "empty": (x[:0], None, 8, 0, 1, True),
+    }
+
+
 SAMPLES = {
     "decode": decode_samples(),
     "threshold_decode": threshold_decode_samples(),
     "proxy_scores": proxy_samples(),
     "append_kv": append_samples(),
+    "quantize_blocks": quantize_samples(),
     "select_topk": topk_samples(),
     "select_threshold": threshold_samples(),
 }
@@ -218,7 +236,9 @@ def choose(scores, seq_lens, limits, q, k):
         attnsieve.threshold_attention(q, k, k, 0.5, two_phase=two_phase, **skip)
         for two_phase in (False, True)
     ]
-    return best, above, passed, out, lse, pages, *cache, bounds, whole, kept, skipping
+    coded = attnsieve.quantize_blocks(k, scale_rows=16)
+    codes = (coded.codes, coded.scales, coded.mean)
+    return best, above, passed, out, lse, pages, *cache, bounds, whole, kept, skipping, codes
 
 
 def arguments(columns):

@@ -18,6 +18,7 @@ PUBLIC = (
     "merge_states",
     "pooled_block_scores",
     "proxy_scores",
+    "quantize_blocks",
     "reference",
     "select_blocks",
     "select_from_scores",

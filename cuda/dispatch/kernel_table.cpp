@@ -1,6 +1,7 @@
 #include "cuda/dispatch/kernel_table.h"
 
 #include "cuda/dispatch/instantiations.h"
+#include "cuda/sm80/quantize/arguments.h"
 
 namespace attnsieve::cuda {
 namespace {
@@ -86,6 +87,7 @@ std::vector<KernelEntry> kernel_table() {
   append(table, "proxy_scores sm_80 float16", sm80::proxy_scores_entries<__half>());
   append(table, "proxy_scores sm_80 bfloat16", sm80::proxy_scores_entries<__nv_bfloat16>());
   append(table, "append_kv sm_80", sm80::append_kv_entries());
+  append(table, "quantize_blocks sm_80", sm80::quantize_blocks_entries());
   return table;
 }
 

@@ -77,6 +77,8 @@ inline const std::vector<Capability>& capabilities() {
   static const char* const kAppendFeatures =
       "contiguous, paged (any page_size), packed rows; float8_e4m3 cache; page bounds; projected "
       "keys";
+  static const char* const kQuantizeFeatures =
+      "8 and 4 bits; scales of rows, blocks, MMA fragments; smoothing; varlen";
   static const std::vector<Capability> table = {
       {"attend",
        Backend::kCpu,
@@ -162,6 +164,18 @@ inline const std::vector<Capability>& capabilities() {
        {},
        1024,
        "any number of states"},
+      {"quantize_blocks",
+       Backend::kCpu,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       kQuantizeFeatures},
+      {"quantize_blocks",
+       Backend::kSm80,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       kQuantizeFeatures},
       {"select_blocks", Backend::kCpu, {DType::kFloat32}, {}, 0, kSelectFeatures},
       {"select_blocks", Backend::kSm80, {DType::kFloat32}, {}, 0, kSelectFeatures},
       {"select_topk", Backend::kCpu, {DType::kFloat32}, {}, 0, kTokenFeatures},

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 
+#include "attnsieve/estimate.h"
 #include "attnsieve/problem.h"
 
 namespace attnsieve {
@@ -32,6 +33,7 @@ void append_kv(const AppendKvProblem& problem, const ParallelFor& parallel_for);
 void merge_states(const MergeProblem& problem, const ParallelFor& parallel_for);
 void select_blocks(const SelectProblem& problem, const ParallelFor& parallel_for);
 void select_tokens(const TokenSelectProblem& problem, const ParallelFor& parallel_for);
+void quantize_blocks(const QuantizeProblem& problem, const ParallelFor& parallel_for);
 }  // namespace cpu
 
 namespace cuda {
@@ -54,6 +56,9 @@ void select_blocks(const SelectProblem& problem, void* stream);
 // Device memory that lets several thread blocks share a long list. Without it one owns each list.
 size_t select_tokens_workspace_bytes(const TokenSelectProblem& problem);
 void select_tokens(const TokenSelectProblem& problem, void* stream);
+// Device memory for the sums that a mean needs.
+size_t quantize_workspace_bytes(const QuantizeProblem& problem);
+void quantize_blocks(const QuantizeProblem& problem, void* stream);
 }  // namespace cuda
 
 }  // namespace attnsieve

@@ -24,6 +24,7 @@ from attnsieve.ops_decode import (  # noqa: E402  (after the ops)
     select_threshold,
     select_topk,
 )
+from attnsieve.ops_quantize import QuantizedBlocks, quantize_blocks  # noqa: E402  (after the ops)
 from attnsieve.ops_threshold import (  # noqa: E402  (after the ops)
     threshold_attention,
     threshold_splits,
@@ -42,6 +43,7 @@ __all__ = [
     "BlockIndex",
     "CachedKV",
     "PagedKVCache",
+    "QuantizedBlocks",
     "TokenIndex",
     "append_kv",
     "block_sparse_attention",
@@ -52,6 +54,7 @@ __all__ = [
     "merge_states",
     "pooled_block_scores",
     "proxy_scores",
+    "quantize_blocks",
     "reference",
     "select_blocks",
     "select_from_scores",

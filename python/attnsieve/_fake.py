@@ -218,3 +218,22 @@ def _select_threshold(
     indices = scores.new_empty((*shape, capacity), dtype=torch.int32)
     counts, passed = (scores.new_empty(shape, dtype=torch.int32) for _ in range(2))
     return indices, counts, passed
+
+
+@torch.library.register_fake("attnsieve::quantize_blocks")
+def _quantize_blocks(
+    x: Tensor, cu_seqlens: Tensor | None, bits: int, scale_rows: int, block_rows: int, smooth: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    packed = cu_seqlens is not None
+    batch = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
+    heads, rows, head_dim = x.shape[1], x.shape[0 if packed else 2], x.shape[-1]
+    # Repeats ScaleLayout of include/attnsieve/estimate.h.
+    chunk_rows, per_chunk = ((block_rows, 1), (16, 8), (32, 4))[scale_rows]
+    chunks = rows // chunk_rows + batch if packed else (rows + chunk_rows - 1) // chunk_rows
+    shape = (heads, chunks * per_chunk) if packed else (batch, heads, chunks * per_chunk)
+    dtype, width = (torch.uint8, head_dim // 2) if bits == 4 else (torch.int8, head_dim)
+    return (
+        x.new_empty((*x.shape[:-1], width), dtype=dtype),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty((batch, heads, head_dim) if smooth else (0,), dtype=torch.float32),
+    )

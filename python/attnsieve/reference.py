@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnsieve._arguments import check_decode_values
 from attnsieve._reference_attention import from_pages, softmax_attention
+from attnsieve._reference_quantize import quantize_blocks
 from attnsieve._reference_selection import (
     Window,
     pooled_block_scores,
@@ -37,6 +38,7 @@ __all__ = [
     "index_multiplicity",
     "merge_states",
     "pooled_block_scores",
+    "quantize_blocks",
     "select_blocks",
     "select_from_scores",
     "threshold_attention",

@@ -51,15 +51,6 @@ void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, Layout layout)
   }
 }
 
-void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, const Tensor& q) {
-  check_dim(name, cu_seqlens, 1, "[batch + 1]");
-  check_dtype(name, cu_seqlens, ScalarType::Int);
-  check_same_device(name, cu_seqlens, q);
-  check_last_contiguous(name, cu_seqlens);
-  if (cu_seqlens.size(0) < 1)
-    invalid(name, "expected [batch + 1] offsets, got shape ", shape_of(cu_seqlens));
-}
-
 Layout layout_of(const Tensor& q, const std::optional<Tensor>& cu_seqlens_q,
                  const std::optional<Tensor>& cu_seqlens_k,
                  const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens) {

@@ -91,6 +91,15 @@ inline void check_aligned_rows(const char* argument, const Tensor& tensor) {
   }
 }
 
+inline void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, const Tensor& q) {
+  check_dim(name, cu_seqlens, 1, "[batch + 1]");
+  check_dtype(name, cu_seqlens, ScalarType::Int);
+  check_same_device(name, cu_seqlens, q);
+  check_last_contiguous(name, cu_seqlens);
+  if (cu_seqlens.size(0) < 1)
+    invalid(name, "expected [batch + 1] offsets, got shape ", shape_of(cu_seqlens));
+}
+
 // Where an op takes float32, as the text of a refusal.
 constexpr const char* kEverywhere = "";
 constexpr const char* kOnCpuOnly = " (CPU only)";

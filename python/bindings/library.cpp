@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
       "Tensor? threshold_per_head, int capacity, int page_size, int sink, int recent, "
       "bool causal, Tensor? block_table, int table_page_size, int num_pages) "
       "-> (Tensor indices, Tensor counts, Tensor passed)");
+  m.def(
+      "quantize_blocks(Tensor x, Tensor? cu_seqlens, int bits, int scale_rows, int block_rows, "
+      "bool smooth) -> (Tensor codes, Tensor scales, Tensor mean)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
@@ -57,6 +60,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
   m.impl("select_threshold", TORCH_BOX(&attnsieve::binding::select_threshold));
+  m.impl("quantize_blocks", TORCH_BOX(&attnsieve::binding::quantize_blocks));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
@@ -69,4 +73,5 @@ STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
   m.impl("select_threshold", TORCH_BOX(&attnsieve::binding::select_threshold));
+  m.impl("quantize_blocks", TORCH_BOX(&attnsieve::binding::quantize_blocks));
 }

@@ -25,5 +25,7 @@ void merge_states(const MergeProblem&, void*) { refuse(); }
 void select_blocks(const SelectProblem&, void*) { refuse(); }
 size_t select_tokens_workspace_bytes(const TokenSelectProblem&) { refuse(); }
 void select_tokens(const TokenSelectProblem&, void*) { refuse(); }
+size_t quantize_workspace_bytes(const QuantizeProblem&) { refuse(); }
+void quantize_blocks(const QuantizeProblem&, void*) { refuse(); }
 
 }  // namespace attnsieve::cuda

@@ -70,4 +70,9 @@ std::tuple<Tensor, Tensor, Tensor> select_threshold(
     int64_t sink, int64_t recent, bool causal, const std::optional<Tensor>& block_table,
     int64_t table_page_size, int64_t num_pages);
 
+std::tuple<Tensor, Tensor, Tensor> quantize_blocks(const Tensor& x,
+                                                   const std::optional<Tensor>& cu_seqlens,
+                                                   int64_t bits, int64_t scale_rows,
+                                                   int64_t block_rows, bool smooth);
+
 }  // namespace attnsieve::binding
