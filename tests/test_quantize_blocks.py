@@ -183,19 +183,19 @@ def test_other_sequences_do_not_matter(device):
     attnsieve.quantize_blocks(packed, cu_seqlens=bad)
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("x", lambda x: dict(x=x[0])),
-        ("x", lambda x: dict(x=x.transpose(2, 3))),
-        ("bits", lambda x: dict(bits=5)),
-        ("scale_rows", lambda x: dict(scale_rows=3)),
-        ("scale_rows", lambda x: dict(scale_rows="rows")),
-        ("cu_seqlens", lambda x: dict(x=x[0], cu_seqlens=torch.zeros(2, device=x.device))),
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_named(device, name, change):
+MISTAKES = {
+    "rank": ("x", lambda x: dict(x=x[0])),
+    "strides": ("x", lambda x: dict(x=x.transpose(2, 3))),
+    "bits": ("bits", lambda x: dict(bits=5)),
+    "block": ("scale_rows", lambda x: dict(scale_rows=3)),
+    "fragment": ("scale_rows", lambda x: dict(scale_rows="rows")),
+    "offsets": ("cu_seqlens", lambda x: dict(x=x[0], cu_seqlens=torch.zeros(2, device=x.device))),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_bad_arguments_are_named(device, mistake):
+    name, change = MISTAKES[mistake]
     x = torch.ones(1, 2, 40, 64, device=device)
     arguments = dict(x=x) | change(x)
     with pytest.raises((ValueError, RuntimeError), match=name):

@@ -105,8 +105,7 @@ class ThresholdWarp : DecodeColumns<Config> {
         ++skipped_;
         continue;
       }
-#pragma unroll
-      for (int i = 0; i < kLaneColumns; ++i) vote_max(i) = max_nan(vote_max(i), maxima[i]);
+      raise_vote_maxima(maxima);
       Base::rescale(maxima, result);
       kept_visit = visit;
       mixed_ = __any_sync(0xffffffffu, mixed);
@@ -250,8 +249,18 @@ class ThresholdWarp : DecodeColumns<Config> {
     }
   }
 
-  // All lanes of a column write the same, and read what they wrote.
   __device__ float& vote_max(int i) { return smem_.vote_max[Base::column_of(i / 2, i % 2)]; }
+
+  // Takes the maxima of a kept tile into account; one lane writes what all of a column have read.
+  __device__ void raise_vote_maxima(const float (&maxima)[kLaneColumns]) {
+    float raised[kLaneColumns];
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) raised[i] = max_nan(vote_max(i), maxima[i]);
+    __syncwarp();
+    if (lane_ >= kWarpThreads / 8) return;
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) vote_max(i) = raised[i];
+  }
 
   __device__ bool vetoes(const float (&maxima)[kLaneColumns]) {
     bool veto = false;
