@@ -40,7 +40,7 @@ CASES = (
     f"{SMALL} --head-dim 64,96,128 --block-q 64 --block-k 64,128 --density 0.5 --threshold 0.1",
 )
 PYTHON_OPS = ["tests/test_selection_block.py", "tests/test_empty.py", "-k", "cuda and not compile"]
-# A few small cases of each op of the decode family, on each kernel family that it has: chunks and
+# A few small cases of each op of the decode and estimate families, on each kernel family: chunks and
 # clusters, ties, full buffers, entries and pages that do not exist. Below a minute for each tool.
 DECODE_OPS = {
     "decode": (
@@ -58,6 +58,10 @@ DECODE_OPS = {
     "append_kv": (
         "tests/test_append_kv.py",
         "sm_80 and (strides or projected or page_and_element or (steps_equal and dtype1-16))",
+    ),
+    "quantize_blocks": (
+        "tests/test_quantize_blocks.py",
+        "sm_80 and (special or empty or sequences or packed_codes)",
     ),
     "threshold_decode": (
         "tests/test_threshold_decode_rules.py",
