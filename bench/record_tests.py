@@ -40,7 +40,7 @@ CASES = (
     f"{SMALL} --head-dim 64,96,128 --block-q 64 --block-k 64,128 --density 0.5 --threshold 0.1",
 )
 PYTHON_OPS = ["tests/test_selection_block.py", "tests/test_empty.py", "-k", "cuda and not compile"]
-# A few small cases of each op of the decode and estimate families, on each kernel family: chunks and
+# A few small cases of each op of the decode and estimate families, on each kernel family: chunks,
 # clusters, ties, full buffers, entries and pages that do not exist. Below a minute for each tool.
 DECODE_OPS = {
     "decode": (

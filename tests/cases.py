@@ -87,6 +87,11 @@ def device_of(backend: str) -> str:
     return "cpu" if backend == "cpu" else "cuda"
 
 
+def backend_id(backend: str) -> str:
+    """Of a test on a backend: GPU runs choose theirs by the word cuda."""
+    return "cpu" if backend == "cpu" else f"cuda-{backend}"
+
+
 def head_dims(device: str) -> tuple[int, ...]:
     """Head dims of the device under the backend that is forced right now."""
     if device == "cpu":
@@ -248,6 +253,21 @@ def pairwise(seed: int = 0, **factors) -> list[dict]:
         missing -= covered(best)
         picks.append({name: factors[name][i] for name, i in best.items()})
     return picks
+
+
+def decode_cases(factors: dict) -> list:
+    """pytest parameters ``device, pick`` of an op of the decode family, pairwise on each backend.
+
+    `device` names the backend: the fixture that forces it looks there.
+    """
+    found = []
+    for backend in BACKENDS:
+        head_dims = (16, 64, 128, 256) if backend == "cpu" else (64, 128)
+        picks = pairwise(**factors, dtype=DTYPES[device_of(backend)], head_dim=head_dims)
+        marks = backend_marks(backend)
+        for i, pick in enumerate(picks):
+            found.append(pytest.param(backend, pick, marks=marks, id=f"{backend_id(backend)}-{i}"))
+    return found
 
 
 def params(cases: Iterable[Case], numbered: bool = False) -> list:

@@ -12,7 +12,7 @@ import pytest  # noqa: E402  (after OMP_WAIT_POLICY, as the three below)
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from cases import BACKENDS, CUDA_BACKENDS, FORCE_BACKEND, backend_marks, device_of  # noqa: E402
+from cases import BACKENDS, CUDA_BACKENDS, FORCE_BACKEND, backend_id, backend_marks, device_of  # noqa: E402
 
 TIMEOUT_S = 120
 SLOW_TIMEOUT_S = 900
@@ -37,10 +37,7 @@ settings.load_profile("random" if "ATTNSIEVE_FUZZ" in os.environ else "ci")
 
 
 def _backend_params(backends) -> list:
-    return [
-        pytest.param(b, marks=backend_marks(b), id=b if b == "cpu" else f"cuda-{b}")
-        for b in backends
-    ]
+    return [pytest.param(b, marks=backend_marks(b), id=backend_id(b)) for b in backends]
 
 
 @pytest.fixture(params=_backend_params(BACKENDS))
@@ -55,13 +52,17 @@ def cuda_backend(request) -> str:
     return request.param
 
 
+def _named_backends(item) -> list[str | None]:
+    """What the parameters of a test say about its backend."""
+    chosen = getattr(getattr(item, "callspec", None), "params", {})
+    named = [chosen.get("device"), chosen.get("cuda_backend")]
+    return [*named, getattr(chosen.get("case"), "backend", None)]
+
+
 @pytest.fixture(autouse=True)
 def _forced_backend(request, monkeypatch):
     """Makes the library take the backend that the test's parameters name."""
-    chosen = getattr(getattr(request.node, "callspec", None), "params", {})
-    named = [chosen.get("device"), chosen.get("cuda_backend")]
-    named.append(getattr(chosen.get("case"), "backend", None))
-    for backend in named:
+    for backend in _named_backends(request.node):
         if backend in CUDA_BACKENDS:
             monkeypatch.setenv(FORCE_BACKEND, backend)
 
@@ -81,6 +82,8 @@ def pytest_runtest_protocol(item):
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if set(_named_backends(item)) & set(CUDA_BACKENDS) and "cuda" not in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: GPU runs, -k cuda, would not find this case")
         if item.config.pluginmanager.hasplugin("timeout"):
             slow = item.get_closest_marker("slow") is not None
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S if slow else TIMEOUT_S))

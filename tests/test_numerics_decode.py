@@ -7,7 +7,7 @@ import torch
 
 import attnsieve
 from attnsieve import TokenIndex, reference_decode
-from cases import BACKENDS, BAD_IDS, DTYPES, backend_marks, device_of, pairwise, randn
+from cases import BAD_IDS, DTYPES, decode_cases, device_of, randn
 from layouts import deal_pages, fill_pages
 from numerics import assert_attention_close, assert_bitwise, pytorch_same_dtype
 from token_lists import OnDevice
@@ -64,13 +64,6 @@ def assert_close(got, want):
         torch.testing.assert_close(x.double(), y.double(), rtol=bound, atol=bound)
 
 
-def cases_of(backend):
-    """`device` names the backend: the fixture that forces it looks there."""
-    head_dims = (16, 64, 128, 256) if backend == "cpu" else (64, 128)
-    picks = pairwise(**FACTORS, dtype=DTYPES[device_of(backend)], head_dim=head_dims)
-    return [pytest.param(backend, pick, marks=backend_marks(backend)) for pick in picks]
-
-
 FACTORS = dict(
     heads=HEADS,
     rows=(1, 2, 5, 8),
@@ -87,7 +80,7 @@ FACTORS = dict(
 )
 
 
-CASES = [case for backend in BACKENDS for case in cases_of(backend)]
+CASES = decode_cases(FACTORS)
 PLAIN = dict(per_row=False, dense=None, sink=False, causal=True, float8=False, num_splits=0)
 
 
@@ -137,7 +130,7 @@ def build(pick, seed=0):
     return (q, *caches, index), options, (q, *numbers, seen)
 
 
-@pytest.mark.parametrize("device, pick", CASES, ids=[str(i) for i in range(len(CASES))])
+@pytest.mark.parametrize("device, pick", CASES)
 def test_decode_equals_masked_attention(device, pick):
     arguments, options, (q, k, v, seen) = build(pick)
     got = OnDevice(attnsieve, device_of(device)).decode(*arguments, **options, return_lse=True)

@@ -5,7 +5,7 @@ import torch
 
 import attnsieve
 from attnsieve import reference
-from cases import BACKENDS, DTYPES, backend_marks, device_of, pairwise
+from cases import decode_cases, device_of
 from numerics import assert_attention_close, assert_bitwise, pytorch_same_dtype
 from threshold_cases import decode_case
 from token_lists import OnDevice
@@ -30,14 +30,7 @@ FACTORS = dict(
 )
 
 
-def cases_of(backend):
-    """`device` names the backend: the fixture that forces it looks there."""
-    head_dims = (16, 64, 128, 256) if backend == "cpu" else (64, 128)
-    picks = pairwise(**FACTORS, dtype=DTYPES[device_of(backend)], head_dim=head_dims)
-    return [pytest.param(backend, pick, marks=backend_marks(backend)) for pick in picks]
-
-
-CASES = [case for backend in BACKENDS for case in cases_of(backend)]
+CASES = decode_cases(FACTORS)
 
 
 def threshold_of(value, own, batch, heads):
@@ -55,7 +48,7 @@ def of_walk(options):
     return {name: value for name, value in options.items() if name not in names}
 
 
-@pytest.mark.parametrize("device, pick", CASES, ids=[str(i) for i in range(len(CASES))])
+@pytest.mark.parametrize("device, pick", CASES)
 def test_decode_follows_the_walk(device, pick):
     arguments, options, (q, k, v) = decode_case(pick)
     splits = {name: pick[name] for name in ("skip_block", "num_splits", "two_phase")}
