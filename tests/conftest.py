@@ -12,7 +12,15 @@ import pytest  # noqa: E402  (after OMP_WAIT_POLICY, as the three below)
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from cases import BACKENDS, CUDA_BACKENDS, FORCE_BACKEND, backend_id, backend_marks, device_of  # noqa: E402
+from cases import (
+    BACKENDS,
+    CUDA_BACKENDS,
+    FORCE_BACKEND,
+    backend_id,
+    backend_marks,
+    cuda_only,
+    device_of,
+)  # noqa: E402
 
 TIMEOUT_S = 120
 SLOW_TIMEOUT_S = 900
@@ -80,17 +88,27 @@ def pytest_runtest_protocol(item):
         faulthandler.cancel_dump_traceback_later()
 
 
+def _needs_gpu(item) -> bool:
+    reasons = [mark.kwargs.get("reason") for mark in item.iter_markers("skipif")]
+    return (
+        bool(set(_named_backends(item)) & set(CUDA_BACKENDS))
+        or cuda_only.kwargs["reason"] in reasons
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k chooses
 def pytest_collection_modifyitems(items):
     for item in items:
-        if set(_named_backends(item)) & set(CUDA_BACKENDS) and "cuda" not in item.nodeid:
-            raise pytest.UsageError(f"{item.nodeid}: GPU runs, -k cuda, would not find this case")
+        if _needs_gpu(item):
+            item.add_marker("cuda")  # so that -k cuda finds what needs a GPU, whatever its name
         if item.config.pluginmanager.hasplugin("timeout"):
             slow = item.get_closest_marker("slow") is not None
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S if slow else TIMEOUT_S))
 
 
 def pytest_configure(config):
-    for marker in ("slow: long or memory-hungry, deselected by default", "model: needs a model"):
+    slow = "slow: long or memory-hungry, deselected by default"
+    for marker in (slow, "model: needs a model", "cuda: needs a CUDA GPU"):
         config.addinivalue_line("markers", marker)
 
 
