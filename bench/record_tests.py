@@ -5,7 +5,8 @@ Usage: python bench/record_tests.py [pytest] [slow] [sanitizers] [--binary BENCH
 `pytest` runs the CUDA cases of tests/, `slow` those marked slow (large tensors, long repeats).
 `sanitizers` runs the four tools of compute-sanitizer over small verified cases of the bench_attend
 binary (no Python: minutes instead of hours); in Python memcheck over the small ops, memcheck and
-racecheck over each op of the decode family. Rows of suites that are not run are kept.
+racecheck over each op of the decode and estimate families. Rows of suites that are not run are
+kept.
 """
 
 from __future__ import annotations

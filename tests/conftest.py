@@ -20,7 +20,7 @@ from cases import (
     backend_marks,
     cuda_only,
     device_of,
-)  # noqa: E402
+)  # noqa: E402  (after OMP_WAIT_POLICY)
 
 TIMEOUT_S = 120
 SLOW_TIMEOUT_S = 900
