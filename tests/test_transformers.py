@@ -16,7 +16,16 @@ from transformers.masking_utils import (
 from transformers.models.gpt_oss import GptOssForCausalLM
 
 from attnsieve.integrations import transformers as integration
-from attnsieve.methods import Dense, Method, OracleTopK, PooledTopK, PooledTopP, Threshold
+from attnsieve.methods import (
+    Dense,
+    Method,
+    OracleTopK,
+    PooledTopK,
+    PooledTopP,
+    SpargeAttn,
+    Threshold,
+    XAttention,
+)
 from attnsieve.methods.oracle import block_mass
 from tiny_models import (
     SIZES,
@@ -70,7 +79,9 @@ def test_padding_is_not_dropped():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [PooledTopK(0.3), PooledTopP(0.6), Threshold(20.0)])
+@pytest.mark.parametrize(
+    "method", [PooledTopK(0.3), PooledTopP(0.6), XAttention(0.7), SpargeAttn(), Threshold(20.0)]
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_sparse_methods_do_not_see_padding(method, side):
     """A sequence's result does not depend on the padding around it: blocks start at its start."""
@@ -154,7 +165,16 @@ def test_attention_sinks():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "method", [PooledTopK(1.0), PooledTopP(1.0), Threshold(0.0), OracleTopK(1.0), Dense()]
+    "method",
+    [
+        PooledTopK(1.0),
+        PooledTopP(1.0),
+        XAttention(1.0),
+        SpargeAttn(similarity=1.0),
+        Threshold(0.0),
+        OracleTopK(1.0),
+        Dense(),
+    ],
 )
 def test_full_budget_is_dense(method):
     model, ids = with_implementation(llama(), "attnsieve"), tokens(1, 330)

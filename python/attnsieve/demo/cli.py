@@ -22,7 +22,8 @@ from attnsieve.demo.options import (
     writable,
 )
 
-# The keys of decode.DECODE_FAMILIES, which is imported with transformers.
+# The keys of plan.FAMILIES and decode.DECODE_FAMILIES, which are imported with torch.
+_FAMILIES = ("topk", "topp", "xattention", "spargeattn", "threshold", "oracle")
 _DECODE_FAMILIES = ("quest", "tidaldecode", "delta", "recycled", "tokenselect", "threshold")
 
 
@@ -37,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--methods",
         nargs="*",
-        choices=("topk", "topp", "threshold", "oracle"),
-        default=["topk", "topp", "threshold", "oracle"],
+        choices=_FAMILIES,
+        default=_FAMILIES,
         help="what to run beside the two dense rows (default: all)",
     )
     options.add_argument(

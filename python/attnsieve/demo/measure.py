@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from attnsieve import block_sparse_attention, threshold_attention
+from attnsieve import threshold_attention
 from attnsieve.demo.errors import DemoError
 from attnsieve.demo.model import Subject, first_line
 from attnsieve.integrations.transformers import use
@@ -114,7 +114,7 @@ class Meter(Method):
         if isinstance(self.method, BlockMethod):
             index = self.method.select(q, k, layer_idx=layer_idx, **mask)
             selected = mark(q.device)
-            out = block_sparse_attention(q, k, v, index, sink=sink, **mask)
+            out = self.method.attend(q, k, v, index, sink=sink, **mask)
             kept = dict(causal=causal, window=window)
             self.kept.append(lambda: float(index.density(seqlen_q, seqlen_k, **kept)))
         elif isinstance(self.method, Threshold):

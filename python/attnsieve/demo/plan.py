@@ -9,15 +9,33 @@ import torch
 from torch import Tensor
 
 from attnsieve.demo.measure import Call, TorchSdpa
-from attnsieve.methods import Dense, Method, OracleTopK, PooledTopK, PooledTopP, Threshold
+from attnsieve.methods import (
+    Dense,
+    Method,
+    OracleTopK,
+    PooledTopK,
+    PooledTopP,
+    SpargeAttn,
+    Threshold,
+    XAttention,
+)
 from attnsieve.selection import pooled_block_scores, select_from_scores
 
 # Names for --methods, in the order of the table.
 FAMILIES = {
     "topk": "pooled top-k",
     "topp": "pooled top-p",
+    "xattention": "XAttention",
+    "spargeattn": "SpargeAttn",
     "threshold": "threshold",
     "oracle": "oracle top-k",
+}
+FIXED = {
+    "xattention": {f"tau={tau:g}": XAttention(tau) for tau in (0.9, 0.95)},
+    "spargeattn": {
+        "topk=0.5": SpargeAttn(-0.1, cdf=None, topk=0.5, attention_sink=True),
+        "cdf=0.98": SpargeAttn(0.3, cdf=0.98, attention_sink=True, block_q=64),
+    },
 }
 SDPA = "torch SDPA"
 DENSE = "attnsieve dense"
@@ -100,6 +118,9 @@ def sparse_rows(
         for budget in budgets:
             top_p = scores.top_p_like(budget)
             yield Row(FAMILIES["topp"], f"p={top_p:g}", PooledTopP(top_p))
+    for family in (name for name in FIXED if name in families):
+        for budget, method in FIXED[family].items():
+            yield Row(FAMILIES[family], budget, method)
     if "threshold" in families:
         for scale in threshold_scales:
             yield Row(FAMILIES["threshold"], f"{scale:g}/L", Threshold(scale))
@@ -112,4 +133,5 @@ def count_rows(
 ) -> int:
     """Rows of the whole table, for the progress bar."""
     counts = dict(topk=len(budgets), topp=len(budgets), threshold=len(threshold_scales), oracle=1)
+    counts |= {family: len(methods) for family, methods in FIXED.items()}
     return 2 + sum(counts[family] for family in families)

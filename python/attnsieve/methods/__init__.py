@@ -16,9 +16,11 @@ from attnsieve.methods.oracle import OracleTopK, block_mass
 from attnsieve.methods.pooled import PooledTopK, PooledTopP
 from attnsieve.methods.quest import Quest
 from attnsieve.methods.recycled import Recycled
+from attnsieve.methods.spargeattn import SpargeAttn, self_similarity
 from attnsieve.methods.threshold import Threshold, ThresholdDecode
 from attnsieve.methods.tidaldecode import TidalDecode
 from attnsieve.methods.tokenselect import TokenSelect
+from attnsieve.methods.xattention import XAttention, antidiagonal_mass
 
 __all__ = [
     "DSA",
@@ -34,9 +36,13 @@ __all__ = [
     "PooledTopP",
     "Quest",
     "Recycled",
+    "SpargeAttn",
     "Threshold",
     "ThresholdDecode",
     "TidalDecode",
     "TokenSelect",
+    "XAttention",
+    "antidiagonal_mass",
     "block_mass",
+    "self_similarity",
 ]

@@ -67,7 +67,7 @@ class Dense(Method):
 
 
 class BlockMethod(Method):
-    """Score and select blocks, then attend exactly to them. Subclasses write :meth:`select`."""
+    """Score and select blocks, then attend to them. Subclasses write :meth:`select`."""
 
     @abstractmethod
     def select(
@@ -87,4 +87,13 @@ class BlockMethod(Method):
     ) -> Tensor:
         mask = dict(causal=causal, window=window, softmax_scale=softmax_scale)
         index = self.select(q, k, layer_idx=layer_idx, **mask)
+        return self.attend(q, k, v, index, sink=sink, **mask)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, sink: Tensor | None, **mask
+    ) -> Tensor:
+        """Attention to the selected blocks, exact unless a method says otherwise.
+
+        ``mask`` is causal, window and softmax_scale of :meth:`Method.__call__`.
+        """
         return block_sparse_attention(q, k, v, index, sink=sink, **mask)
