@@ -75,6 +75,8 @@ def test_end_to_end(tiny, text, tmp_path, capsys):
         assert row["method"] in said.out
         assert 0 < row["density"] <= 1 and row["attention_ms"] > 0
         assert row["total_ms"] > row["attention_ms"] >= row["select_ms"] >= 0
+        if row["select_ms"]:
+            assert f"{row['select_ms'] / row['attention_ms']:.3f}" in said.out
     sdpa, dense, half, quarter = rows[:4]
     assert dense["perplexity"] == pytest.approx(sdpa["perplexity"], rel=1e-5)
     assert (sdpa["speedup_vs_sdpa"], dense["speedup_vs_dense"]) == (1.0, 1.0)

@@ -156,7 +156,7 @@ def results() -> str:
 def demo() -> str:
     """The demo's tables, as its --json option wrote them."""
     parts = []
-    numbers = ("density", "skipped", "perplexity", "attention ms", "vs dense", "vs SDPA")
+    numbers = ("density", "skipped", "perplexity", "attention ms", "select", "vs dense", "vs SDPA")
     for _, run in files("demo.json"):
         title = (
             f"**{run['device']}**, `python -m attnsieve demo`: {run['model']}, {run['length']} "
@@ -170,6 +170,7 @@ def demo() -> str:
                 skipped(row),
                 f"{row['perplexity']:.2f}",
                 number(row["attention_ms"]),
+                select_share(row),
                 f"{row['speedup_vs_dense']:.2f}",
                 f"{row['speedup_vs_sdpa']:.2f}",
             )
@@ -179,6 +180,11 @@ def demo() -> str:
         if run.get("decode_rows"):
             parts.append(decode_steps(run))
     return "\n\n".join(parts) or NOTHING
+
+
+def select_share(row: dict) -> str:
+    """The share of the attention time that finds blocks, empty in rows that look for none."""
+    return f"{row['select_ms'] / row['attention_ms']:.2f}" if row["select_ms"] else ""
 
 
 def skipped(row: dict) -> str:

@@ -205,7 +205,8 @@ def _run(options: argparse.Namespace) -> None:
 def _notes(options: argparse.Namespace) -> list[str]:
     notes = [
         "density: kept share of the causal query-key pairs. attn ms: selection and attention",
-        "over all layers of one forward pass (all ms). ppl: perplexity of all positions.",
+        "over all layers of one forward pass. select: the selection's share of it. ppl:",
+        "perplexity of all positions.",
     ]
     if "threshold" in options.methods:
         notes.append("skipped: tiles that lambda = F / length skipped, over all visited ones.")

@@ -19,9 +19,9 @@ COLUMNS = (
     "skipped",
     "ppl",
     "attn ms",
+    "select",
     "vs dense",
     "vs SDPA",
-    "all ms",
 )
 DECODE_COLUMNS = (
     "method",
@@ -77,9 +77,9 @@ def cells(result: Result) -> tuple[str, ...]:
         _share(result.skipped),
         f"{result.perplexity:.3f}",
         _milliseconds(result.attention_ms),
+        _share(result.select_ms / result.attention_ms if result.select_ms else None),
         f"{result.speedup_vs_dense:.2f}x",
         f"{result.speedup_vs_sdpa:.2f}x",
-        _milliseconds(result.total_ms),
     )
 
 
