@@ -33,18 +33,18 @@ struct RowRules {
   }
 };
 
-RowRules rules_of(const SelectProblem& problem, int64_t row) {
+RowRules rules_of(const SelectProblem& problem, int64_t batch, int64_t row) {
+  const Seqlens lengths = seqlens_of(problem, batch);
   const int64_t row_begin = row * problem.block_q;
-  const int64_t row_end = min64(row_begin + problem.block_q, problem.seqlen_q);
-  const KeyRange keys =
-      visible_keys(problem.mask, row_begin, row_end, problem.seqlen_q, problem.seqlen_k);
+  const int64_t row_end = min64(row_begin + problem.block_q, lengths.q);
+  const KeyRange keys = visible_keys(problem.mask, row_begin, row_end, lengths.q, lengths.k);
   RowRules rules{{0, 0}, {0, problem.sink_blocks}, {0, 0}, {0, 0}};
   if (keys.begin < keys.end) {
     rules.visible = {keys.begin / problem.block_k,
                      (keys.end + problem.block_k - 1) / problem.block_k};
   }
   const KeyRange diagonal =
-      diagonal_blocks(row, problem.block_q, problem.block_k, problem.seqlen_q, problem.seqlen_k);
+      diagonal_blocks(row, problem.block_q, problem.block_k, lengths.q, lengths.k);
   if (problem.force_diagonal) rules.diagonal = diagonal;
   if (diagonal.begin < diagonal.end)
     rules.local = {diagonal.begin - problem.local_blocks, diagonal.begin};
@@ -109,22 +109,46 @@ int64_t keep_best(const SelectProblem& problem, std::vector<Candidate>& candidat
   return budget;
 }
 
-// False when the row keeps more blocks than `capacity`; the row is then left empty.
-bool select_row(const SelectProblem& problem, int64_t batch, int64_t head, int64_t row,
-                std::vector<Candidate>& candidates) {
+// The row's candidates, those that it keeps in front; how many it keeps.
+int64_t rank_row(const SelectProblem& problem, const RowRules& rules, int64_t batch, int64_t head,
+                 int64_t row, std::vector<Candidate>& candidates) {
   const float* scores = problem.scores + batch * problem.scores_stride_batch +
                         head * problem.scores_stride_head + row * problem.scores_stride_row;
-  const RowRules rules = rules_of(problem, row);
   int64_t forced = 0;
-  candidates.clear();
   for (int64_t block = rules.visible.begin; block < rules.visible.end; ++block) {
     const bool must = rules.forced(block);
     forced += must;
     candidates.push_back({rank_of(scores[block], must), static_cast<int32_t>(block)});
   }
-  const int64_t kept = keep_best(problem, candidates, scores, forced);
+  return keep_best(problem, candidates, scores, forced);
+}
 
+int64_t keep_marked(const SelectProblem& problem, const RowRules& rules, int64_t flat,
+                    std::vector<Candidate>& candidates) {
+  const uint32_t* marks = problem.marks + flat * problem.num_mark_words();
+  for (int64_t block = rules.visible.begin; block < rules.visible.end; ++block) {
+    if (rules.forced(block) || (marks[block / 32] >> (block % 32) & 1u) != 0)
+      candidates.push_back({0, static_cast<int32_t>(block)});
+  }
+  const int64_t surplus = static_cast<int64_t>(candidates.size()) - problem.capacity;
+  if (surplus > 0) {
+    const auto is_sink = [&](const Candidate& c) { return contains(rules.sink, c.block); };
+    const auto first = std::find_if_not(candidates.begin(), candidates.end(), is_sink);
+    const int64_t sinks = min64(first - candidates.begin(), problem.capacity);
+    candidates.erase(candidates.begin() + sinks, candidates.begin() + sinks + surplus);
+  }
+  return static_cast<int64_t>(candidates.size());
+}
+
+// False when the row keeps more blocks than `capacity`; the row is then left empty.
+bool select_row(const SelectProblem& problem, int64_t batch, int64_t head, int64_t row,
+                std::vector<Candidate>& candidates) {
   const int64_t flat = (batch * problem.num_heads + head) * problem.num_q_blocks() + row;
+  const RowRules rules = rules_of(problem, batch, row);
+  candidates.clear();
+  const int64_t kept = problem.rule == SelectRule::kMarked
+                           ? keep_marked(problem, rules, flat, candidates)
+                           : rank_row(problem, rules, batch, head, row, candidates);
   int32_t* columns = problem.columns + flat * problem.capacity;
   const bool fits = kept <= problem.capacity;
   const int64_t written = fits ? kept : 0;
@@ -150,7 +174,8 @@ void check(const SelectProblem& problem) {
                           std::to_string(problem.topk));
   }
   const double share = problem.rule == SelectRule::kTopP ? problem.top_p : problem.fraction;
-  if (problem.rule != SelectRule::kTopK && !(share >= 0.0 && share <= 1.0)) {
+  const bool shares = problem.rule == SelectRule::kTopP || problem.rule == SelectRule::kFraction;
+  if (shares && !(share >= 0.0 && share <= 1.0)) {
     throw InvalidArgument("select_blocks: fraction and top_p must lie in [0, 1], got " +
                           std::to_string(share));
   }

@@ -29,7 +29,15 @@ def every_op(problem):
     )
     coded = attnsieve.quantize_blocks(args[1], scale_rows="key_quads")
     codes = (coded.codes, coded.scales, coded.mean)
-    return (*attended, *walked, chosen.counts, chosen.columns, *merged, *codes)
+    estimated, kept = attnsieve.quantized_estimate_attention(
+        *args, tau=0.5, block_k=16, local_tokens=64, return_index=True
+    )
+    rows = attnsieve.quantize_blocks(args[0], smooth=False)
+    masses = attnsieve.estimate_block_scores(
+        rows, coded, threshold=attended[1], reduce="sum", causal=True
+    )
+    family = (estimated, kept.counts, kept.columns, masses)
+    return (*attended, *walked, chosen.counts, chosen.columns, *merged, *codes, *family)
 
 
 def test_repeats(device):

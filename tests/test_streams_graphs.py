@@ -100,8 +100,19 @@ def quantize(problem):
     return tuple(x for c in coded for x in (c.codes, c.scales, c.mean))
 
 
+def estimate(problem):
+    options = dict(tau=0.5, block_k=16, local_tokens=64, row_stride=2, causal=True)
+    found = attnsieve.quantized_estimate_attention(
+        *problem.args[:3], return_lse=True, return_index=True, **options
+    )
+    out, lse, index = found
+    coded = (attnsieve.quantize_blocks(x, scale_rows=16) for x in problem.args[:2])
+    masses = attnsieve.estimate_block_scores(*coded, threshold=lse, reduce="sum", causal=True)
+    return out, lse, index.counts, index.columns, masses
+
+
 OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge, select_tokens, decode)
-OPS = (*OPS, skip_tiles, score_tokens, append, quantize)
+OPS = (*OPS, skip_tiles, score_tokens, append, quantize, estimate)
 
 
 def problem_of(seed):

@@ -88,6 +88,18 @@ std::vector<KernelEntry> kernel_table() {
   append(table, "proxy_scores sm_80 bfloat16", sm80::proxy_scores_entries<__nv_bfloat16>());
   append(table, "append_kv sm_80", sm80::append_kv_entries());
   append(table, "quantize_blocks sm_80", sm80::quantize_blocks_entries());
+#if ATTNSIEVE_HEAD_DIM_64
+  append(table, "estimate_block_scores sm_80", sm80::estimate_block_scores_entries<64>());
+#endif
+#if ATTNSIEVE_HEAD_DIM_96
+  append(table, "estimate_block_scores sm_80", sm80::estimate_block_scores_entries<96>());
+#endif
+#if ATTNSIEVE_HEAD_DIM_128
+  append(table, "estimate_block_scores sm_80", sm80::estimate_block_scores_entries<128>());
+#endif
+#if ATTNSIEVE_HEAD_DIM_256
+  append(table, "estimate_block_scores sm_80", sm80::estimate_block_scores_entries<256>());
+#endif
   return table;
 }
 

@@ -22,10 +22,13 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return function;
 }
 
-}  // namespace
+CUtensorMapSwizzle swizzle_of(int row_bytes) {
+  if (row_bytes == 128) return CU_TENSOR_MAP_SWIZZLE_128B;
+  return row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
+}
 
-CUtensorMap make_tensor_map(const void* data, DType dtype, const TensorMapShape& shape) {
-  constexpr int kElementBytes = 2;
+CUtensorMap encode(const void* data, CUtensorMapDataType type, int element_bytes,
+                   const TensorMapShape& shape) {
   cuuint64_t sizes[5];
   cuuint64_t strides[4];
   cuuint32_t box[5];
@@ -37,16 +40,13 @@ CUtensorMap make_tensor_map(const void* data, DType dtype, const TensorMapShape&
     // The stride of a dimension of size 1 is never used; it may be anything in a torch tensor.
     if (i > 0) {
       strides[i - 1] =
-          sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(shape.strides[i]) * kElementBytes;
+          sizes[i] == 1 ? 16 : static_cast<cuuint64_t>(shape.strides[i]) * element_bytes;
     }
   }
   CUtensorMap map;
   const CUresult status = encoder()(
-      &map,
-      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      static_cast<cuuint32_t>(shape.rank), const_cast<void*>(data), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE,
-      shape.box[0] * kElementBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      &map, type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(data), sizes, strides, box,
+      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(shape.box[0] * element_bytes),
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     std::string text = "cuTensorMapEncodeTiled: error " + std::to_string(status) + " for";
@@ -57,6 +57,18 @@ CUtensorMap make_tensor_map(const void* data, DType dtype, const TensorMapShape&
     throw CudaError(text);
   }
   return map;
+}
+
+}  // namespace
+
+CUtensorMap make_tensor_map(const void* data, DType dtype, const TensorMapShape& shape) {
+  const auto type =
+      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode(data, type, 2, shape);
+}
+
+CUtensorMap make_byte_map(const void* data, const TensorMapShape& shape) {
+  return encode(data, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, shape);
 }
 
 }  // namespace attnsieve::cuda

@@ -20,5 +20,7 @@ struct TensorMapShape {
 // Boxes land in shared memory with the swizzle of their row: 128 or 64 bytes. Elements outside the
 // tensor read as zero.
 CUtensorMap make_tensor_map(const void* data, DType dtype, const TensorMapShape& shape);
+// The same of bytes; rows of boxes may have 32 too.
+CUtensorMap make_byte_map(const void* data, const TensorMapShape& shape);
 
 }  // namespace attnsieve::cuda

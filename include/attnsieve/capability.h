@@ -79,6 +79,12 @@ inline const std::vector<Capability>& capabilities() {
       "keys";
   static const char* const kQuantizeFeatures =
       "8 and 4 bits; scales of rows, blocks, MMA fragments; smoothing; varlen";
+  static const char* const kEstimateFeatures =
+      "8 and 4 bits; block maxima less a threshold per row, their bits, or sums of exponentials; "
+      "every n-th row, pooled keys; GQA, causal, window, varlen";
+  static const char* const kMarkedFeatures =
+      "bits of blocks to lists; sink, local and diagonal blocks; bounded lists; causal, window, "
+      "varlen";
   static const std::vector<Capability> table = {
       {"attend",
        Backend::kCpu,
@@ -176,8 +182,23 @@ inline const std::vector<Capability>& capabilities() {
        {},
        256,
        kQuantizeFeatures},
+      {"estimate_block_scores", Backend::kCpu, {DType::kFloat32}, {}, 256, kEstimateFeatures},
+      {"estimate_block_scores",
+       Backend::kSm80,
+       {DType::kFloat32},
+       {64, 96, 128, 256},
+       256,
+       kEstimateFeatures},
+      {"estimate_block_scores",
+       Backend::kSm90,
+       {DType::kFloat32},
+       {64, 96, 128},
+       128,
+       "maxima and bits of at most 64 sampled rows a block; the rest as sm_80"},
       {"select_blocks", Backend::kCpu, {DType::kFloat32}, {}, 0, kSelectFeatures},
       {"select_blocks", Backend::kSm80, {DType::kFloat32}, {}, 0, kSelectFeatures},
+      {"select_marked", Backend::kCpu, {DType::kFloat32}, {}, 0, kMarkedFeatures},
+      {"select_marked", Backend::kSm80, {DType::kFloat32}, {}, 0, kMarkedFeatures},
       {"select_topk", Backend::kCpu, {DType::kFloat32}, {}, 0, kTokenFeatures},
       {"select_topk", Backend::kSm80, {DType::kFloat32}, {}, 0, kTokenFeatures},
       {"select_topk", Backend::kSm90, {DType::kFloat32}, {}, 0, kTokenClusterFeatures},

@@ -34,6 +34,7 @@ void merge_states(const MergeProblem& problem, const ParallelFor& parallel_for);
 void select_blocks(const SelectProblem& problem, const ParallelFor& parallel_for);
 void select_tokens(const TokenSelectProblem& problem, const ParallelFor& parallel_for);
 void quantize_blocks(const QuantizeProblem& problem, const ParallelFor& parallel_for);
+void estimate_block_scores(const EstimateProblem& problem, const ParallelFor& parallel_for);
 }  // namespace cpu
 
 namespace cuda {
@@ -59,6 +60,7 @@ void select_tokens(const TokenSelectProblem& problem, void* stream);
 // Device memory for the sums that a mean needs.
 size_t quantize_workspace_bytes(const QuantizeProblem& problem);
 void quantize_blocks(const QuantizeProblem& problem, void* stream);
+void estimate_block_scores(const EstimateProblem& problem, void* stream);
 }  // namespace cuda
 
 }  // namespace attnsieve

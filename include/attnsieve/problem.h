@@ -218,6 +218,8 @@ enum class SelectRule : int32_t {
   kFraction,  // budget = max(min_blocks, ceil(fraction * visible blocks of the row))
   kTopP,  // fewest blocks whose softmax mass over the row's visible blocks reaches top_p, at least
   // min_blocks
+  kMarked,  // blocks whose bit of `marks` is set; `scores` are not read. Of a row that would keep
+  // more than `capacity`, the sink blocks and of the others those of the greatest positions
 };
 
 // Rows of block scores -> BlockIndex. Row r of q-blocks sees the KV blocks that hold a key visible
@@ -228,12 +230,15 @@ struct SelectProblem {
   int64_t scores_stride_batch = 0;
   int64_t scores_stride_head = 0;
   int64_t scores_stride_row = 0;
+  // kMarked: [B, H, nQ, ceil(nK / 32)] contiguous; block b is bit b % 32 of word b / 32.
+  const uint32_t* marks = nullptr;
   int32_t* counts = nullptr;  // [B, H, nQ] contiguous
   int32_t* columns = nullptr;  // [B, H, nQ, capacity] contiguous; tail filled with -1
   int64_t batch = 0;
   int64_t num_heads = 0;
-  int64_t seqlen_q = 0;
+  int64_t seqlen_q = 0;  // packed: of the longest sequence
   int64_t seqlen_k = 0;
+  Varlen varlen;  // kMarked: packed sequences
   int32_t block_q = 64;
   int32_t block_k = 64;
   int32_t capacity = 0;  // = nK unless the rule bounds it
@@ -251,6 +256,7 @@ struct SelectProblem {
 
   int64_t num_q_blocks() const { return (seqlen_q + block_q - 1) / block_q; }
   int64_t num_k_blocks() const { return (seqlen_k + block_k - 1) / block_k; }
+  int64_t num_mark_words() const { return (num_k_blocks() + 31) / 32; }
 };
 
 enum class TokenRule : int32_t {

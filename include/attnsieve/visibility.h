@@ -21,6 +21,20 @@ struct KeyRange {
 ATTNSIEVE_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 ATTNSIEVE_HD int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+struct Seqlens {
+  int64_t q;
+  int64_t k;
+};
+
+// Of sequence `b`; of a packed one at most what there is room for.
+ATTNSIEVE_HD Seqlens seqlens_of(const SelectProblem& p, int64_t b) {
+  const auto length = [b](const int32_t* cu_seqlens, int64_t most) {
+    return min64(max64(int64_t{cu_seqlens[b + 1]} - cu_seqlens[b], 0), most);
+  };
+  if (p.varlen.cu_seqlens_q == nullptr) return {p.seqlen_q, p.seqlen_k};
+  return {length(p.varlen.cu_seqlens_q, p.seqlen_q), length(p.varlen.cu_seqlens_k, p.seqlen_k)};
+}
+
 // Keys visible to at least one of the query rows [row_begin, row_end) of a sequence.
 ATTNSIEVE_HD KeyRange visible_keys(const Mask& mask, int64_t row_begin, int64_t row_end,
                                    int64_t seqlen_q, int64_t seqlen_k) {

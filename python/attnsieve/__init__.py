@@ -24,6 +24,11 @@ from attnsieve.ops_decode import (  # noqa: E402  (after the ops)
     select_threshold,
     select_topk,
 )
+from attnsieve.ops_estimate import (  # noqa: E402  (after the ops)
+    estimate_block_scores,
+    quantized_estimate_attention,
+    select_estimated,
+)
 from attnsieve.ops_quantize import QuantizedBlocks, quantize_blocks  # noqa: E402  (after the ops)
 from attnsieve.ops_threshold import (  # noqa: E402  (after the ops)
     threshold_attention,
@@ -34,6 +39,7 @@ from attnsieve.selection import (  # noqa: E402  (after the ops)
     pooled_block_scores,
     select_blocks,
     select_from_scores,
+    select_marked,
 )
 from attnsieve.token_index import TokenIndex  # noqa: E402  (after the ops)
 
@@ -50,14 +56,18 @@ __all__ = [
     "build_info",
     "capabilities",
     "decode",
+    "estimate_block_scores",
     "kernel_attributes",
     "merge_states",
     "pooled_block_scores",
     "proxy_scores",
     "quantize_blocks",
+    "quantized_estimate_attention",
     "reference",
     "select_blocks",
+    "select_estimated",
     "select_from_scores",
+    "select_marked",
     "select_threshold",
     "select_topk",
     "threshold_attention",

@@ -181,6 +181,30 @@ def _select_blocks(
     return counts, scores.new_empty((batch, heads, rows, capacity), dtype=torch.int32)
 
 
+@torch.library.register_fake("attnsieve::select_marked")
+def _select_marked(
+    bits: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqlen_q: int,
+    seqlen_k: int,
+    block_q: int,
+    block_k: int,
+    capacity: int | None,
+    sink_blocks: int,
+    local_blocks: int,
+    diagonal: bool,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor]:
+    shape = bits.shape[:3]
+    room = (seqlen_k + block_k - 1) // block_k
+    if capacity is not None:
+        room = min(capacity, room)
+    return bits.new_empty(shape), bits.new_empty((*shape, room))
+
+
 @torch.library.register_fake("attnsieve::select_topk")
 def _select_topk(
     scores: Tensor,
@@ -237,3 +261,40 @@ def _quantize_blocks(
         x.new_empty(shape, dtype=torch.float32),
         x.new_empty((batch, heads, head_dim) if smooth else (0,), dtype=torch.float32),
     )
+
+
+@torch.library.register_fake("attnsieve::estimate_block_scores")
+def _estimate_block_scores(
+    q_codes: Tensor,
+    q_scales: Tensor,
+    q_scale_rows: int,
+    q_block_rows: int,
+    k_codes: Tensor,
+    k_scales: Tensor,
+    k_scale_rows: int,
+    k_block_rows: int,
+    threshold: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqlen_q: int,
+    seqlen_k: int,
+    block_q: int,
+    block_k: int,
+    row_stride: int,
+    key_pool: int,
+    sum: bool,
+    bits: bool,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+) -> Tensor:
+    packed = cu_seqlens_q is not None
+    batch = cu_seqlens_q.shape[0] - 1 if packed else q_codes.shape[0]
+    rows = (seqlen_q + block_q - 1) // block_q
+    keys = (seqlen_k + key_pool - 1) // key_pool
+    columns = (keys + block_k - 1) // block_k
+    if bits:
+        columns = (columns + 31) // 32
+    dtype = torch.int32 if bits else torch.float32
+    return q_codes.new_empty((batch, q_codes.shape[1], rows, columns), dtype=dtype)

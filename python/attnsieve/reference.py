@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnsieve._arguments import check_decode_values
 from attnsieve._reference_attention import from_pages, softmax_attention
+from attnsieve._reference_estimate import estimate_block_scores
 from attnsieve._reference_quantize import quantize_blocks
 from attnsieve._reference_selection import (
     Window,
@@ -35,6 +36,7 @@ from attnsieve.index import BlockIndex
 __all__ = [
     "SkipWalk",
     "block_sparse_attention",
+    "estimate_block_scores",
     "index_multiplicity",
     "merge_states",
     "pooled_block_scores",

@@ -17,7 +17,7 @@ from attnsieve._arguments import (
 )
 from attnsieve.index import BlockIndex
 
-__all__ = ["pooled_block_scores", "select_blocks", "select_from_scores"]
+__all__ = ["pooled_block_scores", "select_blocks", "select_from_scores", "select_marked"]
 
 
 def _pool(x: Tensor, block: int) -> Tensor:
@@ -127,6 +127,60 @@ def select_from_scores(
         causal,
         left,
         right,
+    )
+    return BlockIndex(counts, columns, block_q, block_k)
+
+
+def select_marked(
+    bits: Tensor,
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    block_q: int = DEFAULT_BLOCK,
+    block_k: int = DEFAULT_BLOCK,
+    capacity: int | None = None,
+    sink_blocks: int = 0,
+    local_blocks: int = 0,
+    diagonal: bool = False,
+    causal: bool = False,
+    window: Window | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> BlockIndex:
+    """Lists of the blocks whose bit is set, with forced blocks, and none that no row sees.
+
+    Args:
+        bits: int32 ``[B, H, nQ, ceil(nK / 32)]`` as :func:`estimate_block_scores` writes them,
+            contiguous: block b is bit ``b % 32`` of word ``b // 32``.
+        capacity: room of a row, None for all nK blocks. A row that would keep more keeps its sink
+            blocks and of the others those of the greatest positions; its count is the capacity.
+        sink_blocks, local_blocks, diagonal: kept whatever their bits, as in
+            :func:`select_from_scores`.
+        seqlen_q, seqlen_k, block_q, block_k, causal, window: as there.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, ascending: the lengths of packed sequences,
+            each counted from its own start; seqlen_q and seqlen_k are then those of the longest.
+
+    Returns:
+        A canonical :class:`BlockIndex` with H list heads; unused slots are -1.
+
+    Raises:
+        ValueError: malformed argument, named in the text.
+    """
+    counts, columns = call_op(
+        torch.ops.attnsieve.select_marked.default,
+        bits,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqlen_q,
+        seqlen_k,
+        block_q,
+        block_k,
+        capacity,
+        sink_blocks,
+        local_blocks,
+        diagonal,
+        causal,
+        *window_sides(window),
     )
     return BlockIndex(counts, columns, block_q, block_k)
 

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <string>
 
+#include "attnsieve/estimate.h"
 #include "attnsieve/problem.h"
 #include "attnsieve/status.h"
 
@@ -135,6 +136,12 @@ inline int32_t check_block_k(int64_t block) {
     invalid("block_k", "expected 16, 32, 64 or 128, got ", block);
   }
   return static_cast<int32_t>(block);
+}
+
+inline ScaleRows check_scale_rows(int64_t scale_rows) {
+  if (scale_rows < 0 || scale_rows > static_cast<int64_t>(ScaleRows::kKeyQuads))
+    invalid("scale_rows", "expected 0, 1 or 2, got ", scale_rows);
+  return static_cast<ScaleRows>(scale_rows);
 }
 
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

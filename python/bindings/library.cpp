@@ -37,6 +37,11 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
       "diagonal, "
       "bool causal, int window_left, int window_right) -> (Tensor counts, Tensor columns)");
   m.def(
+      "select_marked(Tensor bits, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int seqlen_q, "
+      "int seqlen_k, int block_q, int block_k, int? capacity, int sink_blocks, int local_blocks, "
+      "bool diagonal, bool causal, int window_left, int window_right) "
+      "-> (Tensor counts, Tensor columns)");
+  m.def(
       "select_topk(Tensor scores, Tensor? seq_lens, int k, int page_size, int sink, int recent, "
       "bool causal, Tensor? block_table, int table_page_size, int num_pages) "
       "-> (Tensor indices, Tensor counts)");
@@ -48,6 +53,12 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
   m.def(
       "quantize_blocks(Tensor x, Tensor? cu_seqlens, int bits, int scale_rows, int block_rows, "
       "bool smooth) -> (Tensor codes, Tensor scales, Tensor mean)");
+  m.def(
+      "estimate_block_scores(Tensor q_codes, Tensor q_scales, int q_scale_rows, int q_block_rows, "
+      "Tensor k_codes, Tensor k_scales, int k_scale_rows, int k_block_rows, Tensor? threshold, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int seqlen_q, int seqlen_k, int block_q, "
+      "int block_k, int row_stride, int key_pool, bool sum, bool bits, float softmax_scale, "
+      "bool causal, int window_left, int window_right) -> Tensor scores");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
@@ -58,9 +69,11 @@ STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
   m.impl("append_kv", TORCH_BOX(&attnsieve::binding::append_kv));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
+  m.impl("select_marked", TORCH_BOX(&attnsieve::binding::select_marked));
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
   m.impl("select_threshold", TORCH_BOX(&attnsieve::binding::select_threshold));
   m.impl("quantize_blocks", TORCH_BOX(&attnsieve::binding::quantize_blocks));
+  m.impl("estimate_block_scores", TORCH_BOX(&attnsieve::binding::estimate_block_scores));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
@@ -71,7 +84,9 @@ STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
   m.impl("append_kv", TORCH_BOX(&attnsieve::binding::append_kv));
   m.impl("merge_states", TORCH_BOX(&attnsieve::binding::merge_states));
   m.impl("select_blocks", TORCH_BOX(&attnsieve::binding::select_blocks));
+  m.impl("select_marked", TORCH_BOX(&attnsieve::binding::select_marked));
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
   m.impl("select_threshold", TORCH_BOX(&attnsieve::binding::select_threshold));
   m.impl("quantize_blocks", TORCH_BOX(&attnsieve::binding::quantize_blocks));
+  m.impl("estimate_block_scores", TORCH_BOX(&attnsieve::binding::estimate_block_scores));
 }

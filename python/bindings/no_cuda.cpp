@@ -27,5 +27,6 @@ size_t select_tokens_workspace_bytes(const TokenSelectProblem&) { refuse(); }
 void select_tokens(const TokenSelectProblem&, void*) { refuse(); }
 size_t quantize_workspace_bytes(const QuantizeProblem&) { refuse(); }
 void quantize_blocks(const QuantizeProblem&, void*) { refuse(); }
+void estimate_block_scores(const EstimateProblem&, void*) { refuse(); }
 
 }  // namespace attnsieve::cuda

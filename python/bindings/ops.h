@@ -59,6 +59,14 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& scores, int64_t seqlen_q,
                                          int64_t sink_blocks, int64_t local_blocks, bool diagonal,
                                          bool causal, int64_t window_left, int64_t window_right);
 
+std::tuple<Tensor, Tensor> select_marked(const Tensor& bits,
+                                         const std::optional<Tensor>& cu_seqlens_q,
+                                         const std::optional<Tensor>& cu_seqlens_k,
+                                         int64_t seqlen_q, int64_t seqlen_k, int64_t block_q,
+                                         int64_t block_k, std::optional<int64_t> capacity,
+                                         int64_t sink_blocks, int64_t local_blocks, bool diagonal,
+                                         bool causal, int64_t window_left, int64_t window_right);
+
 std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, const std::optional<Tensor>& seq_lens,
                                        int64_t k, int64_t page_size, int64_t sink, int64_t recent,
                                        bool causal, const std::optional<Tensor>& block_table,
@@ -74,5 +82,15 @@ std::tuple<Tensor, Tensor, Tensor> quantize_blocks(const Tensor& x,
                                                    const std::optional<Tensor>& cu_seqlens,
                                                    int64_t bits, int64_t scale_rows,
                                                    int64_t block_rows, bool smooth);
+
+Tensor estimate_block_scores(const Tensor& q_codes, const Tensor& q_scales, int64_t q_scale_rows,
+                             int64_t q_block_rows, const Tensor& k_codes, const Tensor& k_scales,
+                             int64_t k_scale_rows, int64_t k_block_rows,
+                             const std::optional<Tensor>& threshold,
+                             const std::optional<Tensor>& cu_seqlens_q,
+                             const std::optional<Tensor>& cu_seqlens_k, int64_t seqlen_q,
+                             int64_t seqlen_k, int64_t block_q, int64_t block_k, int64_t row_stride,
+                             int64_t key_pool, bool sum, bool bits, double softmax_scale,
+                             bool causal, int64_t window_left, int64_t window_right);
 
 }  // namespace attnsieve::binding

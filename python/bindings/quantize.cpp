@@ -5,16 +5,6 @@
 #include "python/bindings/ops.h"
 
 namespace attnsieve::binding {
-namespace {
-
-ScaleRows check_scale_rows(int64_t scale_rows) {
-  if (scale_rows < 0 || scale_rows > static_cast<int64_t>(ScaleRows::kKeyQuads))
-    invalid("scale_rows", "expected 0, 1 or 2, got ", scale_rows);
-  return static_cast<ScaleRows>(scale_rows);
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> quantize_blocks(const Tensor& x,
                                                    const std::optional<Tensor>& cu_seqlens,
                                                    int64_t bits, int64_t scale_rows,

@@ -85,6 +85,40 @@ int64_t capacity_of(const SelectProblem& problem) {
   return std::min(num_k_blocks, std::max(kept, forced));
 }
 
+// The sizes of a problem over `rows`, [batch, heads, q blocks, ...].
+SelectProblem select_problem(const char* name, const Tensor& rows, int64_t seqlen_q,
+                             int64_t seqlen_k, int64_t block_q, int64_t block_k) {
+  if (seqlen_q < 0) invalid("seqlen_q", "expected a number >= 0, got ", seqlen_q);
+  if (seqlen_k < 0) invalid("seqlen_k", "expected a number >= 0, got ", seqlen_k);
+  SelectProblem problem;
+  problem.block_q = check_block("block_q", block_q);
+  problem.block_k = check_block_k(block_k);
+  problem.batch = rows.size(0);
+  problem.num_heads = rows.size(1);
+  problem.seqlen_q = seqlen_q;
+  problem.seqlen_k = seqlen_k;
+  check_size(name, rows, 2, problem.num_q_blocks(), "ceil(seqlen_q / block_q)");
+  return problem;
+}
+
+void set_forced(SelectProblem* problem, int64_t sink_blocks, int64_t local_blocks, bool diagonal) {
+  problem->sink_blocks = check_block_count("sink_blocks", sink_blocks);
+  problem->local_blocks = check_block_count("local_blocks", local_blocks);
+  problem->force_diagonal = diagonal;
+}
+
+std::tuple<Tensor, Tensor> select(const Tensor& on, SelectProblem& problem, int64_t capacity) {
+  problem.capacity = static_cast<int32_t>(capacity);
+  const std::vector<int64_t> rows = {problem.batch, problem.num_heads, problem.num_q_blocks()};
+  const Tensor counts = empty(rows, aoti_torch_dtype_int32(), on);
+  const Tensor columns =
+      empty({rows[0], rows[1], rows[2], problem.capacity}, aoti_torch_dtype_int32(), on);
+  problem.counts = counts.mutable_data_ptr<int32_t>();
+  problem.columns = columns.mutable_data_ptr<int32_t>();
+  run<SelectProblem>(on, problem, cpu::select_blocks, cuda::select_blocks);
+  return {counts, columns};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> select_blocks(const Tensor& scores, int64_t seqlen_q, int64_t seqlen_k,
@@ -94,42 +128,51 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& scores, int64_t seqlen_q,
                                          std::optional<double> top_p, int64_t min_blocks,
                                          int64_t sink_blocks, int64_t local_blocks, bool diagonal,
                                          bool causal, int64_t window_left, int64_t window_right) {
-  SelectProblem problem;
   check_dim("scores", scores, 4, "[batch, heads, q blocks, kv blocks]");
   check_dtype("scores", scores, ScalarType::Float);
   check_last_contiguous("scores", scores);
-  if (seqlen_q < 0) invalid("seqlen_q", "expected a number >= 0, got ", seqlen_q);
-  if (seqlen_k < 0) invalid("seqlen_k", "expected a number >= 0, got ", seqlen_k);
-  problem.block_q = check_block("block_q", block_q);
-  problem.block_k = check_block_k(block_k);
-  problem.batch = scores.size(0);
-  problem.num_heads = scores.size(1);
-  problem.seqlen_q = seqlen_q;
-  problem.seqlen_k = seqlen_k;
-  check_size("scores", scores, 2, problem.num_q_blocks(), "ceil(seqlen_q / block_q)");
+  SelectProblem problem = select_problem("scores", scores, seqlen_q, seqlen_k, block_q, block_k);
   check_size("scores", scores, 3, problem.num_k_blocks(), "ceil(seqlen_k / block_k)");
   problem.mask = make_mask(causal, window_left, window_right);
   problem.min_blocks = check_block_count("min_blocks", min_blocks);
-  problem.sink_blocks = check_block_count("sink_blocks", sink_blocks);
-  problem.local_blocks = check_block_count("local_blocks", local_blocks);
-  problem.force_diagonal = diagonal;
+  set_forced(&problem, sink_blocks, local_blocks, diagonal);
   set_rule(&problem, topk, fraction, top_p);
-  problem.capacity = static_cast<int32_t>(capacity_of(problem));
-
-  const int32_t int_dtype = aoti_torch_dtype_int32();
-  const Tensor counts =
-      empty({problem.batch, problem.num_heads, problem.num_q_blocks()}, int_dtype, scores);
-  const Tensor columns =
-      empty({problem.batch, problem.num_heads, problem.num_q_blocks(), problem.capacity}, int_dtype,
-            scores);
   problem.scores = scores.const_data_ptr<float>();
   problem.scores_stride_batch = scores.stride(0);
   problem.scores_stride_head = scores.stride(1);
   problem.scores_stride_row = scores.stride(2);
-  problem.counts = counts.mutable_data_ptr<int32_t>();
-  problem.columns = columns.mutable_data_ptr<int32_t>();
-  run<SelectProblem>(scores, problem, cpu::select_blocks, cuda::select_blocks);
-  return {counts, columns};
+  return select(scores, problem, capacity_of(problem));
+}
+
+std::tuple<Tensor, Tensor> select_marked(const Tensor& bits,
+                                         const std::optional<Tensor>& cu_seqlens_q,
+                                         const std::optional<Tensor>& cu_seqlens_k,
+                                         int64_t seqlen_q, int64_t seqlen_k, int64_t block_q,
+                                         int64_t block_k, std::optional<int64_t> capacity,
+                                         int64_t sink_blocks, int64_t local_blocks, bool diagonal,
+                                         bool causal, int64_t window_left, int64_t window_right) {
+  check_dim("bits", bits, 4, "[batch, heads, q blocks, words]");
+  check_dtype("bits", bits, ScalarType::Int);
+  if (!bits.is_contiguous()) invalid("bits", "must be contiguous");
+  SelectProblem problem = select_problem("bits", bits, seqlen_q, seqlen_k, block_q, block_k);
+  check_size("bits", bits, 3, problem.num_mark_words(), "ceil(kv blocks / 32)");
+  if (cu_seqlens_q.has_value() != cu_seqlens_k.has_value())
+    invalid(cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q", "both must be given, or neither");
+  if (cu_seqlens_q) {
+    check_cu_seqlens("cu_seqlens_q", *cu_seqlens_q, bits);
+    check_cu_seqlens("cu_seqlens_k", *cu_seqlens_k, bits);
+    check_size("cu_seqlens_q", *cu_seqlens_q, 0, problem.batch + 1, "batch + 1");
+    check_size("cu_seqlens_k", *cu_seqlens_k, 0, problem.batch + 1, "batch + 1");
+    problem.varlen = {cu_seqlens_q->const_data_ptr<int32_t>(),
+                      cu_seqlens_k->const_data_ptr<int32_t>()};
+  }
+  if (capacity && *capacity < 0) invalid("capacity", "expected a number >= 0, got ", *capacity);
+  problem.mask = make_mask(causal, window_left, window_right);
+  set_forced(&problem, sink_blocks, local_blocks, diagonal);
+  problem.rule = SelectRule::kMarked;
+  problem.marks = reinterpret_cast<const uint32_t*>(bits.const_data_ptr<int32_t>());
+  const int64_t all = problem.num_k_blocks();
+  return select(bits, problem, capacity ? std::min(*capacity, all) : all);
 }
 
 }  // namespace attnsieve::binding

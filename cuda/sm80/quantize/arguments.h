@@ -27,4 +27,9 @@ template <class Element>
 void launch_quantize_blocks(const QuantizeProblem& problem, void* stream);
 std::vector<KernelEntry> quantize_blocks_entries();
 
+template <int kHeadDim>
+void launch_estimate_block_scores(const EstimateProblem& problem, void* stream);
+template <int kHeadDim>
+std::vector<KernelEntry> estimate_block_scores_entries();
+
 }  // namespace attnsieve::sm80

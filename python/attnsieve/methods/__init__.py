@@ -16,6 +16,7 @@ from attnsieve.methods.oracle import OracleTopK, block_mass
 from attnsieve.methods.pooled import PooledTopK, PooledTopP
 from attnsieve.methods.quest import Quest
 from attnsieve.methods.recycled import Recycled
+from attnsieve.methods.sale import SALE
 from attnsieve.methods.spargeattn import SpargeAttn, self_similarity
 from attnsieve.methods.threshold import Threshold, ThresholdDecode
 from attnsieve.methods.tidaldecode import TidalDecode
@@ -36,6 +37,7 @@ __all__ = [
     "PooledTopP",
     "Quest",
     "Recycled",
+    "SALE",
     "SpargeAttn",
     "Threshold",
     "ThresholdDecode",

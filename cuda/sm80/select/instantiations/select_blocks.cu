@@ -1,17 +1,24 @@
 #include "cuda/common/launch.cuh"
 #include "cuda/dispatch/instantiations.h"
 #include "cuda/sm80/select/kernel.cuh"
+#include "cuda/sm80/select/marked.cuh"
 
 namespace attnsieve::sm80 {
 
 void launch_select_blocks(const SelectProblem& problem, int threads, void* stream) {
-  launch<select_blocks_kernel>("select_blocks",
-                               problem.batch * problem.num_heads * problem.num_q_blocks(), threads,
-                               0, stream, problem);
+  const int64_t rows = problem.batch * problem.num_heads * problem.num_q_blocks();
+  if (problem.rule == SelectRule::kMarked) {
+    launch<select_marked_kernel>("select_marked", (rows + kMarkedWarps - 1) / kMarkedWarps,
+                                 kMarkedWarps * kWarpThreads, 0, stream, problem);
+    return;
+  }
+  launch<select_blocks_kernel>("select_blocks", rows, threads, 0, stream, problem);
 }
 
 std::vector<KernelEntry> select_blocks_entries() {
-  return {{"float32", reinterpret_cast<const void*>(select_blocks_kernel), 256, 0}};
+  return {{"float32", reinterpret_cast<const void*>(select_blocks_kernel), 256, 0},
+          {"marked", reinterpret_cast<const void*>(select_marked_kernel),
+           kMarkedWarps * kWarpThreads, 0}};
 }
 
 }  // namespace attnsieve::sm80

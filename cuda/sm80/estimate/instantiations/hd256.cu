@@ -1,0 +1,8 @@
+#include "cuda/sm80/estimate/launch.cuh"
+
+namespace attnsieve::sm80 {
+
+template void launch_estimate_block_scores<256>(const EstimateProblem&, void*);
+template std::vector<KernelEntry> estimate_block_scores_entries<256>();
+
+}  // namespace attnsieve::sm80
