@@ -1,4 +1,7 @@
-"""``python -m attnsieve calibrate``: which scale factor skips which share of a model's tiles."""
+"""``python -m attnsieve calibrate``: which scale factor skips which share of a model's tiles.
+
+``calibrate sale``: which tau every head can have at an error budget.
+"""
 
 from attnsieve.calibrate.cli import main
 

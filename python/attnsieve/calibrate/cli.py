@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m attnsieve calibrate",
         description="Measures which share of a model's tiles a threshold F / length skips, fits "
-        "F = a * exp(b * share), and runs the fitted factors.",
+        "F = a * exp(b * share), and runs the fitted factors. `calibrate sale --help` tells of "
+        "SALE's thresholds.",
     )
     add_subject_options(options)
     options.add_argument(
@@ -83,7 +85,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrates. Returns 0, or 2 after one line on stderr when the user must act."""
-    return run_command("calibrate", _run, parser().parse_args(argv))
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["sale"]:
+        from attnsieve.calibrate.sale import main as calibrate_sale
+
+        return calibrate_sale(arguments[1:])
+    return run_command("calibrate", _run, parser().parse_args(arguments))
 
 
 def _run(options: argparse.Namespace) -> None:
