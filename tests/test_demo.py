@@ -61,14 +61,14 @@ def test_end_to_end(tiny, text, tmp_path, capsys):
     assert main([*arguments, "--out", str(picture), "--json", str(numbers)]) == 0
     said = capsys.readouterr()
     assert str(picture) in said.out and str(numbers) in said.out
-    assert said.err.count("[") == 32  # one progress line per row, model and prefill
+    assert said.err.count("[") == 34  # one progress line per row, model and prefill
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     record = json.loads(numbers.read_text())
     assert (record["length"], record["layers"], record["device"]) == (256, 2, "cpu")
     rows = record["rows"]
     families = [FAMILIES[name] for name in ("topk", "topp") for _ in range(2)]
-    families += [FAMILIES[name] for name in ("xattention", "spargeattn") for _ in range(2)]
+    families += [FAMILIES[name] for name in ("sale", "xattention", "spargeattn") for _ in range(2)]
     families += [FAMILIES["threshold"]] * 4
     assert [row["method"] for row in rows] == [SDPA, DENSE, *families, FAMILIES["oracle"]]
     for row in rows:

@@ -17,6 +17,7 @@ from transformers.models.gpt_oss import GptOssForCausalLM
 
 from attnsieve.integrations import transformers as integration
 from attnsieve.methods import (
+    SALE,
     Dense,
     Method,
     OracleTopK,
@@ -80,7 +81,15 @@ def test_padding_is_not_dropped():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "method", [PooledTopK(0.3), PooledTopP(0.6), XAttention(0.7), SpargeAttn(), Threshold(20.0)]
+    "method",
+    [
+        PooledTopK(0.3),
+        PooledTopP(0.6),
+        SALE(0.1, local_tokens=64),
+        XAttention(0.7),
+        SpargeAttn(),
+        Threshold(20.0),
+    ],
 )
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_sparse_methods_do_not_see_padding(method, side):
@@ -169,6 +178,7 @@ def test_attention_sinks():
     [
         PooledTopK(1.0),
         PooledTopP(1.0),
+        SALE(0.0),
         XAttention(1.0),
         SpargeAttn(similarity=1.0),
         Threshold(0.0),

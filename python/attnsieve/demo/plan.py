@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnsieve.demo.measure import Call, TorchSdpa
 from attnsieve.methods import (
+    SALE,
     Dense,
     Method,
     OracleTopK,
@@ -25,12 +26,17 @@ from attnsieve.selection import pooled_block_scores, select_from_scores
 FAMILIES = {
     "topk": "pooled top-k",
     "topp": "pooled top-p",
+    "sale": "SALE",
     "xattention": "XAttention",
     "spargeattn": "SpargeAttn",
     "threshold": "threshold",
     "oracle": "oracle top-k",
 }
 FIXED = {
+    "sale": {
+        "tau=0.02": SALE(0.02),
+        "rows/4": SALE(0.01, block_k=16, row_stride=4),
+    },
     "xattention": {f"tau={tau:g}": XAttention(tau) for tau in (0.9, 0.95)},
     "spargeattn": {
         "topk=0.5": SpargeAttn(-0.1, cdf=None, topk=0.5, attention_sink=True),

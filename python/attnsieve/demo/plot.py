@@ -13,6 +13,7 @@ from attnsieve.demo.plan import DENSE, FAMILIES, SDPA
 STYLES = {
     FAMILIES["topk"]: ("#D55E00", "o"),
     FAMILIES["topp"]: ("#0072B2", "s"),
+    FAMILIES["sale"]: ("#000000", "*"),
     FAMILIES["xattention"]: ("#CC79A7", "v"),
     FAMILIES["spargeattn"]: ("#E69F00", "P"),
     FAMILIES["threshold"]: ("#009E73", "^"),
