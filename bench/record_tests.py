@@ -64,6 +64,10 @@ DECODE_OPS = {
         "tests/test_quantize_blocks.py",
         "sm_80 and (special or empty or sequences or packed_codes)",
     ),
+    "estimate_block_scores": (
+        "tests/test_estimate_block_scores.py",
+        "cuda and (masks or sampled or not_finite or overflow)",
+    ),
     "threshold_decode": (
         "tests/test_threshold_decode_rules.py",
         "sm_80 and (dealt_in_turn or ragged or without_a_page or never_matters)",

@@ -24,6 +24,7 @@ NOTHING = "Nothing has been recorded yet."
 # Other times of ours that a row may carry, and the column of their ratio.
 OWN_DENSE = "attnsieve-dense"  # a peer of the threshold suites
 OWN_TIMES = {"ours_dense_ms": "our dense / ours", "ours_block128_ms": "our block128 / ours"}
+PARTS = {"estimate_ms": "estimate ms", "select_ms": "select ms", "attend_ms": "attend ms"}
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -109,6 +110,7 @@ def result_cells(row: dict) -> list[str]:
         skipped(row),
         ratio_text(row["peers"]["cudnn"] / row["ours_ms"] if beside_dense(row) else None),
         *(ratio_text(row[key] / row["ours_ms"] if key in row else None) for key in OWN_TIMES),
+        *(number(row.get(key)) for key in PARTS),
     ]
 
 
@@ -129,7 +131,7 @@ def losses(rows: list[dict]) -> str:
 def results() -> str:
     """One table for each results file."""
     columns = ("case", "dtype", "ms", "TF", "best peer, ms", "peer / ours")
-    columns = (*columns, "skipped", "cuDNN / ours", *OWN_TIMES.values())
+    columns = (*columns, "skipped", "cuDNN / ours", *OWN_TIMES.values(), *PARTS.values())
     parts = []
     for path, rows in files("*.json"):
         if path.stem in ("demo", "tests") or not rows:
