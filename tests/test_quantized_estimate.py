@@ -301,6 +301,17 @@ def test_density_is_the_kept_share(device):
     assert float(density) == pytest.approx(float(kept.sum() / (4 * seen.sum())))
 
 
+@pytest.mark.parametrize(
+    "tau",
+    [-0.1, math.nan, torch.ones(3), torch.ones(4, dtype=torch.float64), torch.ones(1, 4)],
+    ids=["negative", "nan", "three", "float64", "two dims"],
+)
+def test_bad_tau_is_named(tau):
+    q = torch.zeros(1, 4, 64, 64)
+    with pytest.raises(ValueError, match="tau: expected"):
+        attnsieve.select_estimated(q, q, q, tau=tau)
+
+
 def test_windows_are_refused():
     q = torch.zeros(1, 1, 64, 64)
     with pytest.raises(NotImplementedError, match="window"):

@@ -8,6 +8,7 @@ one ragged. The oracle of the op is :func:`attnsieve.reference.estimate_block_sc
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -169,6 +170,20 @@ def _project(x: Tensor, projection: Tensor) -> Tensor:
     return x @ each
 
 
+def _log_tau(q: Tensor, tau: float | Tensor, packed: bool) -> float | Tensor:
+    """What a row's log-sum-exp is raised by; a tensor's shape fits those of all rows."""
+    if not isinstance(tau, Tensor):
+        if not tau >= 0:
+            raise ValueError(f"tau: expected a number >= 0, got {tau!r}")
+        return math.log(tau) if tau > 0 else -math.inf
+    if tau.shape != q.shape[1:2] or tau.dtype != torch.float32 or tau.device != q.device:
+        raise ValueError(
+            f"tau: expected a number or float32 [{q.shape[1]}] on {q.device}, got {tau.dtype} "
+            f"{list(tau.shape)} on {tau.device}"
+        )
+    return tau.log() if packed else tau.log().unsqueeze(-1)
+
+
 def select_estimated(
     q: Tensor,
     k: Tensor,
@@ -240,11 +255,10 @@ def select_estimated(
         return_lse=True,
         **sequences,
     )
-    log_tau = torch.as_tensor(tau, dtype=torch.float32, device=q.device).log()
     marked = estimate_block_scores(
         quantize_blocks(estimated_q, smooth=False, cu_seqlens=cu_seqlens_q),
         coded_k,
-        threshold=lse + (log_tau if packed else log_tau.unsqueeze(-1)),
+        threshold=lse + _log_tau(q, tau, packed),
         row_stride=row_stride,
         key_pool=key_pool,
         seqlen_k=None if packed else keys,
