@@ -1,14 +1,14 @@
 // Computes        as cuda/sm80/estimate/kernel.cuh.
 // Roles           A CTA takes kWarps sets of 64 sampled rows that share a KV head, a warp each, and
 //                 walks over the keys that they see. A warpgroup brings keys and their scales: one
-//                 thread by bulk copies and a warp, or all, which widen codes of 4 bits. Two
+//                 thread by bulk copies and a warp, or all, which widen codes of 4 bits. Three
 //                 warpgroups score: fragment t of a warpgroup's four warps is the M-tile t of its
 //                 MMAs.
-// Shared memory   a ring of stages of kStageKeys keys; maxima of a stage, of each warp its own.
+// Shared memory   a ring of stages of kStageKeys keys; maxima of kStoreStages stages, of each warp
+//                 its own, written to global memory together.
 // Pipeline        full (33 arrivals and the bytes; widened: 128 arrivals), empty (an arrival of each
-//                 warpgroup). Within a stage the next product is issued before the last one is
-//                 reduced; a stage ends with nothing in flight, or ptxas would serialise the MMAs of
-//                 all.
+//                 warpgroup). A warpgroup waits for each of its products; those of the others keep
+//                 the tensor cores busy meanwhile.
 // Invariants      those of sm_80, whose numbers these are.
 // Not handled     q-blocks of more than 64 sampled rows, sums; head_dim other than 64, 96, 128.
 #pragma once
@@ -18,47 +18,44 @@
 
 namespace attnsieve::sm90 {
 
-// A stage whose keys all rows see: the next product runs under the maxima of the last one.
+// A stage whose keys all rows see. `unit`: its first of those stored together.
 template <class Config>
-__device__ __forceinline__ void score(EstimateWarp<Config>& rows, int slot) {
-  constexpr int kProducts = Config::kStageTiles * Config::kFragments;
-  const int first_tile = slot * Config::kStageTiles;
-  typename EstimateWarp<Config>::Products products[2];
-  rows.issue(products[0], 0, first_tile);
+__device__ __forceinline__ void score(EstimateWarp<Config>& rows, int slot, int unit) {
+  typename EstimateWarp<Config>::Products products;
 #pragma unroll
-  for (int i = 0; i < kProducts; ++i) {
-    if (i + 1 < kProducts) {
-      rows.issue(products[(i + 1) % 2], (i + 1) % Config::kFragments,
-                 first_tile + (i + 1) / Config::kFragments);
-      warpgroup_wait<1>();
-    } else {
-      warpgroup_wait<0>();
-    }
-    warpgroup_fence_operand(products[i % 2]);
+  for (int i = 0; i < Config::kStageTiles * Config::kFragments; ++i) {
     const int tile = i / Config::kFragments;
-    rows.template reduce<false>(products[i % 2], i % Config::kFragments, tile, slot);
+    const int fragment = i % Config::kFragments;
+    rows.issue(products, fragment, slot * Config::kStageTiles + tile);
+    if (fragment == 0) rows.load_scales(tile, slot);
+    rows.load_numbers(fragment);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(products);
+    rows.template reduce<false>(products, fragment, unit + tile * Config::kTileUnits);
   }
 }
 
-// Any stage: one product at a time, of tiles that some row sees.
+// Any stage: tiles that some of the warpgroup's rows see.
 template <class Config>
-__device__ __forceinline__ void score_masked(EstimateWarp<Config>& rows, const EstimateWalk& walk,
-                                             int first, int slot) {
+__device__ __forceinline__ void score_masked(EstimateWarp<Config>& rows, const EstimateWalk& own,
+                                             int slot, int first_key, int unit) {
 #pragma unroll 1
   for (int tile = 0; tile < Config::kStageTiles; ++tile) {
-    const int key = first + tile * Config::kTileKeys;
-    if (key >= walk.end_key || key + Config::kTileKeys <= walk.begin_key) {
-      rows.skip(tile);
+    const int key = __shfl_sync(0xffffffffu, first_key + tile * Config::kTileKeys, 0);
+    if (key >= own.end_key || key + Config::kTileKeys <= own.begin_key) {
+      rows.skip(unit + tile * Config::kTileUnits);
       continue;
     }
+    rows.load_scales(tile, slot);
 #pragma unroll
     for (int fragment = 0; fragment < Config::kFragments; ++fragment) {
       typename EstimateWarp<Config>::Products products;
+      rows.load_numbers(fragment);
       rows.issue(products, fragment, slot * Config::kStageTiles + tile);
       warpgroup_wait<0>();
       warpgroup_fence_operand(products);
       rows.hide(products, fragment, key);
-      rows.template reduce<true>(products, fragment, tile, slot);
+      rows.template reduce<true>(products, fragment, unit + tile * Config::kTileUnits);
     }
   }
 }
@@ -98,18 +95,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int first_set = (a.cta_sets - 1 - cta / kv_lines) * Config::kWarps;
   const int batch = cta % kv_lines / kv_heads;
   const int kv_head = cta % kv_lines % kv_heads;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Config::kStages; ++i) {
-      smem.full[i].init(p.k.bits == 8 ? 1 + kWarpThreads : 128);
-      smem.empty[i].init(Config::kWarpgroups);
+  const int warpgroup = static_cast<int>(threadIdx.x) / 128;
+  if (threadIdx.x % 128 == 0) {
+    const EstimateSequence sequence = sequence_of(p, batch);
+    if (warpgroup == Config::kWarpgroups) {
+      for (int i = 0; i < Config::kStages; ++i) {
+        smem.full[i].init(p.k.bits == 8 ? 1 + kWarpThreads : 128);
+        smem.empty[i].init(Config::kWarpgroups);
+      }
+      fence_barrier_init();
+      smem.sequence = sequence;
+      smem.walk = walk_of<Config>(p, sequence, first_set / group,
+                                  (first_set + Config::kWarps - 1) / group + 1);
+    } else {
+      const int own_set = first_set + warpgroup * 4;
+      smem.own[warpgroup] =
+          walk_of<Config>(p, sequence, own_set / group, (own_set + 3) / group + 1);
     }
-    fence_barrier_init();
-    smem.sequence = sequence_of(p, batch);
-    smem.walk = walk_of<Config>(p, smem.sequence, first_set / group,
-                                (first_set + Config::kWarps - 1) / group + 1);
   }
   __syncthreads();
-  const int warpgroup = static_cast<int>(threadIdx.x) / 128;
 
   if (warpgroup == Config::kWarpgroups) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kCopyRegisters>();
@@ -127,24 +131,29 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   const int set = first_set + warp;
   EstimateWarp<Config> rows(a, smem, warp);
-  rows.load_rows(batch, kv_head * group + set % group, set / group);
-  const int stages = static_cast<int>((p.num_keys() + Config::kStageKeys - 1) / Config::kStageKeys);
-  for (int stage = 0; stage < smem.walk.begin; ++stage) rows.store(stage, false);
+  const int head = kv_head * group + set % group;
+  rows.place(batch, head, set / group);
+  rows.load_rows(head);
 #pragma unroll 1
   for (int stage = smem.walk.begin; stage < smem.walk.end; ++stage) {
     const int first = stage * Config::kStageKeys;
     const int n = __shfl_sync(0xffffffffu, stage - smem.walk.begin, 0);  // uniform, and known to be
     const int slot = slot_of<Config>(n);
     smem.full[slot].wait(phase_of<Config>(n));
-    if (first < smem.walk.all_begin || first + Config::kStageKeys > smem.walk.all_end) {
-      score_masked<Config>(rows, smem.walk, first, slot);
+    const EstimateWalk& own = smem.own[warpgroup];
+    const int unit = stage % Config::kStoreStages * Config::kStageUnits;
+    if (first >= own.all_begin && first + Config::kStageKeys <= own.all_end) {
+      score(rows, slot, unit);
     } else {
-      score<Config>(rows, slot);
+      score_masked(rows, own, slot, first, unit);
     }
-    if (threadIdx.x % 128 == 0) smem.empty[slot_of<Config>(stage - smem.walk.begin)].arrive();
-    rows.store(stage, true);
+    if (threadIdx.x % 128 == 0) smem.empty[slot].arrive();
+    const int next = stage + 1;
+    if (next % Config::kStoreStages == 0 || next == smem.walk.end) {
+      rows.store(max(smem.walk.begin, stage & -Config::kStoreStages), next);
+    }
   }
-  for (int stage = smem.walk.end; stage < stages; ++stage) rows.store(stage, false);
+  rows.finish(smem.walk.begin, smem.walk.end);
 }
 
 }  // namespace attnsieve::sm90

@@ -83,8 +83,8 @@ __device__ void widen_keys(const EstimateArguments& a, typename Config::SharedSt
     const int slot = slot_of<Config>(stage - smem.walk.begin);
     smem.empty[slot].wait_idle(phase_of<Config>(stage - smem.walk.begin) ^ 1);
 #pragma unroll 1
-    for (int tile = 0; tile < Config::kStageTiles; ++tile) {  // a key of it a thread
-      const int key = stage * Config::kStageKeys + tile * Config::kTileKeys + thread;
+    for (int own = thread; own < Config::kStageKeys; own += 128) {  // a key a thread
+      const int key = stage * Config::kStageKeys + own;
       uint4 c[Config::kSteps] = {};
       if (key < smem.sequence.num_keys) {
         const char* from = codes + key * k.codes.stride_row;
@@ -92,14 +92,15 @@ __device__ void widen_keys(const EstimateArguments& a, typename Config::SharedSt
         for (int step = 0; step < Config::kSteps; ++step)
           c[step] = *reinterpret_cast<const uint4*>(from + step * 16);
       }
-      const int to = slot * Config::kStageTiles + tile;
+      const int row = own % Config::kTileKeys;
+      const int to = slot * Config::kStageTiles + own / Config::kTileKeys;
 #pragma unroll
       for (int step = 0; step < Config::kSteps; ++step) {
         const uint4& x = c[step];
-        *reinterpret_cast<uint4*>(&keys(thread, step * 32, to)) = {
+        *reinterpret_cast<uint4*>(&keys(row, step * 32, to)) = {
             sm80::signed_codes(x.x >> 4), sm80::signed_codes(x.y >> 4),
             sm80::signed_codes(x.z >> 4), sm80::signed_codes(x.w >> 4)};
-        *reinterpret_cast<uint4*>(&keys(thread, step * 32 + 16, to)) = {
+        *reinterpret_cast<uint4*>(&keys(row, step * 32 + 16, to)) = {
             sm80::signed_codes(x.x), sm80::signed_codes(x.y), sm80::signed_codes(x.z),
             sm80::signed_codes(x.w)};
       }

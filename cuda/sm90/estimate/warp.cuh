@@ -1,5 +1,5 @@
 // What a warp of the sm_90 estimator has: codes of 64 sampled rows in registers, their factors and
-// thresholds, and the maxima of a stage.
+// thresholds and the maxima of some stages in shared memory.
 #pragma once
 
 #include "cuda/common/numeric.cuh"
@@ -26,28 +26,30 @@ class EstimateWarp {
         warp_(warp),
         lane_(static_cast<int>(threadIdx.x) % kWarpThreads) {}
 
-  __device__ void load_rows(int batch, int head, int row_set) {
-    if (lane_ == 0) smem_.places[warp_] = {batch, head, row_set * Config::kBlocks};
+  // Says where the rows are and their results belong.
+  __device__ void place(int batch, int head, int row_set) {
+    if (lane_ == 0) {
+      const int first_block = row_set * Config::kBlocks;
+      const int64_t line = (batch * p_.num_heads + head) * p_.num_q_blocks() + first_block;
+      EstimatePlace& to = smem_.places[warp_];
+      to.first_block = first_block;
+      to.num_blocks =
+          static_cast<int>(max64(min64(p_.num_q_blocks() - first_block, Config::kBlocks), 0));
+      to.columns = static_cast<int>(p_.num_k_blocks());
+      to.stage_shift = __ffs(Config::kStageKeys) - __ffs(p_.block_k);
+      to.block_units = max(p_.block_k / Config::kUnitKeys, 1);
+      to.scores = p_.scores == nullptr ? nullptr : p_.scores + line * to.columns;
+      to.bits = p_.bits == nullptr ? nullptr : p_.bits + line * ((to.columns + 31) / 32);
+    }
+    if (lane_ < Config::kBlocks) smem_.words[warp_][lane_] = 0;
     __syncwarp();
+  }
+
+  // Codes, factors and thresholds of the rows.
+  __device__ __forceinline__ void load_rows(int head) {
     const EstimateSequence& sequence = smem_.sequence;
     const float* scales = sequence.q_scales + head * p_.q.num_scales;
     const ScaleLayout layout = p_.q.layout();
-#pragma unroll
-    for (int m = lane_; m < Config::kWarpRows; m += kWarpThreads) {
-      const int64_t row = row_of(m);
-      float2 numbers = {0.0f, 0.0f};
-      if (row < sequence.seqlen_q) {
-        const int64_t scale = row / layout.rows * layout.scales +
-                              layout.scale_of(p_.q.scale_rows, static_cast<int>(row % layout.rows));
-        numbers.x = __fmul_rn(scales[scale], p_.softmax_scale);
-        if (sequence.threshold != nullptr) {
-          numbers.y =
-              sequence.threshold[head * p_.threshold.stride_head + row * p_.threshold.stride_row];
-        }
-      }
-      smem_.rows[warp_][m] = numbers;
-    }
-    __syncwarp();
     const char* codes = sequence.q_codes + head * p_.q.codes.stride_head;
     auto words = recast<uint32_t>(rows_);  // ((row half, column half), 1, fragment, step)
 #pragma unroll
@@ -56,6 +58,20 @@ class EstimateWarp {
       const int half = i % 2;
       const int64_t row = row_of(of_lane(lane_, fragment, half));
       const bool exists = row < sequence.seqlen_q;
+      float2 numbers = {0.0f, 0.0f};
+      if (exists) {
+        const auto number = static_cast<uint32_t>(row);
+        const auto chunk = static_cast<uint32_t>(layout.rows);
+        const int64_t scale = int64_t{number / chunk} * layout.scales +
+                              layout.scale_of(p_.q.scale_rows, static_cast<int>(number % chunk));
+        numbers.x = __fmul_rn(scales[scale], p_.softmax_scale);
+        if (sequence.threshold != nullptr) {
+          numbers.y =
+              sequence.threshold[head * p_.threshold.stride_head + row * p_.threshold.stride_row];
+        }
+      }
+      if (lane_ % 4 == 0)
+        reinterpret_cast<float2*>(&smem_.rows[warp_][fragment][lane_ / 4])[half] = numbers;
       const char* from = codes + row * p_.q.codes.stride_row;
 #pragma unroll
       for (int step = 0; step < Config::kSteps; ++step) {
@@ -74,10 +90,18 @@ class EstimateWarp {
         words(make_coord(0, half, 1), 0, fragment, step) = high;
       }
     }
+    __syncwarp();
+  }
+
+  // Factors and thresholds of a lane's two rows of a fragment.
+  __device__ __forceinline__ void load_numbers(int fragment) {
+    const float4 both = smem_.rows[warp_][fragment][lane_ / 4];
+    numbers_[0] = {both.x, both.y};
+    numbers_[1] = {both.z, both.w};
   }
 
   // Starts the product of a fragment and a tile of keys.
-  __device__ void issue(Products& products, int fragment, int tile) const {
+  __device__ __forceinline__ void issue(Products& products, int fragment, int tile) const {
     Mma mma;
     const auto keys = make_tensor(make_smem_ptr(smem_.keys), typename Config::LayoutKeys{});
     const auto operand = mma.get_slice(threadIdx.x % 128).partition_fragment_B(keys);
@@ -92,90 +116,110 @@ class EstimateWarp {
     warpgroup_commit_batch();
   }
 
-  // Takes the products of a fragment with a tile of keys. `slot`: of the ring.
+  // Scales of the lane's keys of a tile. `slot`: of the ring.
+  __device__ __forceinline__ void load_scales(int tile, int slot) {
+    using Few = std::conditional_t<Config::kTileUnits == 2, float2, float4>;
+    *reinterpret_cast<Few*>(scales_) =
+        *reinterpret_cast<const Few*>(&smem_.scales[slot][tile][lane_ % 4][0]);
+  }
+
+  // Takes the products of a fragment with a tile of keys, after load_scales() and load_numbers().
+  // `unit`: the tile's first, of those stored together.
   template <bool kMasked>
-  __device__ void reduce(const Products& products, int fragment, int tile, int slot) {
+  __device__ __forceinline__ void reduce(const Products& products, int fragment, int unit) {
     constexpr int kUnits = Config::kTileUnits;
-    float2 numbers[2];
+    const bool first = fragment * 16 % Config::kBlockRows == 0;
+    const bool last = (fragment + 1) * 16 % Config::kBlockRows == 0;
+    float below[kUnits];  // of the lower eight rows, where those are a q-block of their own
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      numbers[half] = smem_.rows[warp_][of_lane(lane_, fragment, half)];
-#pragma unroll
-    for (int first = 0; first < kUnits; first += 4) {
-      const float4 scales =
-          *reinterpret_cast<const float4*>(&smem_.scales[slot][tile][lane_ % 4][first]);
-      const float scale[4] = {scales.x, scales.y, scales.z, scales.w};
-      int32_t best[4];
-      int32_t below[4];  // of the lower eight rows, where those are a q-block of their own
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float upper = value_of<kMasked>(products, first + i, 0, scale[i], numbers[0]);
-        const float lower = value_of<kMasked>(products, first + i, 1, scale[i], numbers[1]);
-        if constexpr (Config::kBlockRows == 8) {
-          best[i] = __reduce_max_sync(0xffffffffu, sm80::float_order(upper));
-          below[i] = __reduce_max_sync(0xffffffffu, sm80::float_order(lower));
-        } else {
-          const int32_t both = sm80::float_order(max_nan(upper, lower));
-          best[i] = __reduce_max_sync(0xffffffffu, both);
-        }
+    for (int u = 0; u < kUnits; ++u) {
+      const float upper = value_of<kMasked>(products, u, 0, numbers_[0]);
+      const float lower = value_of<kMasked>(products, u, 1, numbers_[1]);
+      if constexpr (Config::kBlockRows == 8) {
+        best_[u] = upper;
+        below[u] = lower;
+      } else {
+        const float both = max_nan(upper, lower);
+        best_[u] = first || kMasked ? both : max_nan(best_[u], both);
       }
-      const int unit = tile * kUnits + first;
-      const int block = fragment * 16 / Config::kBlockRows;
-      if (lane_ == 0) {
-        keep(best, block, unit, fragment * 16 % Config::kBlockRows == 0);
-        if constexpr (Config::kBlockRows == 8) keep(below, block + 1, unit, true);
-      }
-      asm volatile("" ::: "memory");  // four units at a time: more would spill
+    }
+    const int block = fragment * 16 / Config::kBlockRows;
+    if constexpr (Config::kBlockRows == 8) {
+      keep(best_, block, unit, true);
+      keep(below, block + 1, unit, true);
+    } else if constexpr (kMasked) {
+      keep(best_, block, unit, first);  // at once: masked products need many registers
+    } else if (last) {
+      keep(best_, block, unit, true);
     }
   }
 
   // A tile of whose keys no row sees any.
-  __device__ void skip(int tile) {
+  __device__ void skip(int unit) {
     for (int i = lane_; i < Config::kBlocks * Config::kTileUnits; i += kWarpThreads) {
-      smem_
-          .best[warp_][i / Config::kTileUnits][tile * Config::kTileUnits + i % Config::kTileUnits] =
+      smem_.best[warp_][i / Config::kTileUnits][unit + i % Config::kTileUnits] =
           sm80::float_order(negative_infinity());
     }
   }
 
-  // Writes the maxima of a stage's blocks: a lane has a KV block, of as many q-blocks as there are
-  // lanes for.
-  __device__ void store(int stage, bool seen) {
+  // Writes the maxima of blocks of the stages [begin, end), of kStoreStages that are stored
+  // together: a lane has a KV block. Bits: words that are complete.
+  __device__ void store(int begin, int end) {
     __syncwarp();
-    const EstimatePlace place = smem_.places[warp_];
-    const int stage_blocks = Config::kStageKeys / p_.block_k;
-    const int units = max(p_.block_k / Config::kUnitKeys, 1);
-    const int columns = static_cast<int>(p_.num_k_blocks());
-    const int first = stage * stage_blocks;
-    const int own = lane_ % stage_blocks;
-    const int column = first + own;
+    const EstimatePlace& place = smem_.places[warp_];
+    const int shift = place.stage_shift;
+    const int group = begin & -Config::kStoreStages;
+    const int first = group << shift;
+    const int columns = min(place.columns, end << shift);
 #pragma unroll 1
-    for (int block = lane_ / stage_blocks; block - lane_ / stage_blocks < Config::kBlocks;
-         block += kWarpThreads / stage_blocks) {
-      const bool exists = column < columns && block < Config::kBlocks &&
-                          place.first_block + block < p_.num_q_blocks();
-      int32_t best = sm80::float_order(negative_infinity());
-      if (exists && seen) {
-        for (int u = 0; u < units; ++u) best = max(best, smem_.best[warp_][block][own * units + u]);
+    for (int block = 0; block < place.num_blocks; ++block) {
+#pragma unroll 1
+      for (int some = first & -32; some < columns; some += kWarpThreads) {
+        const int column = some + lane_;
+        int32_t best = sm80::float_order(negative_infinity());
+        const bool exists = column >= (begin << shift) && column < columns;
+        if (exists) {
+          const int32_t* from = &smem_.best[warp_][block][(column - first) * place.block_units];
+          for (int u = 0; u < place.block_units; ++u) best = max(best, from[u]);
+        }
+        if (place.scores != nullptr) {
+          if (exists)
+            place.scores[int64_t{block} * place.columns + column] = sm80::from_order(best);
+          continue;
+        }
+        const uint32_t votes =
+            __ballot_sync(0xffffffffu, exists && !(sm80::from_order(best) <= 0.0f));
+        if (lane_ != 0) continue;
+        uint32_t& word = smem_.words[warp_][block];
+        word |= votes;
+        if (some + 32 > end << shift) continue;
+        place.bits[block * ((place.columns + 31) / 32) + some / 32] = word;
+        word = 0;
       }
-      const int64_t line =
-          (place.batch * p_.num_heads + place.head) * p_.num_q_blocks() + place.first_block + block;
-      if (p_.scores != nullptr) {
-        if (exists) p_.scores[line * columns + column] = sm80::from_order(best);
-        continue;
-      }
-      const bool keep = exists && !(sm80::from_order(best) <= 0.0f);
-      const uint32_t votes = __ballot_sync(0xffffffffu, keep) >> (lane_ - own);
-      if (own != 0 || !exists) continue;
-      const int shift = first % 32;
-      uint32_t word = stage_blocks == 32 ? votes : votes & ((1u << stage_blocks) - 1);
-      word = (shift == 0 ? 0 : smem_.words[warp_][block]) | word << shift;
-      smem_.words[warp_][block] = word;
-      const int next = first + stage_blocks;
-      if (next % 32 == 0 || next >= columns)
-        p_.bits[line * ((columns + 31) / 32) + first / 32] = word;
     }
     __syncwarp();
+  }
+
+  // Writes what store() did not, after the stages [begin, end).
+  __device__ void finish(int begin, int end) const {
+    const EstimatePlace& place = smem_.places[warp_];
+    begin <<= place.stage_shift;
+    end <<= place.stage_shift;
+#pragma unroll 1
+    for (int64_t block = 0; block < place.num_blocks; ++block) {
+      if (place.scores != nullptr) {
+        for (int i = lane_; i < place.columns; i += kWarpThreads) {
+          if (i < begin || i >= end) place.scores[block * place.columns + i] = negative_infinity();
+        }
+        continue;
+      }
+      const int words = (place.columns + 31) / 32;
+      for (int i = lane_; i < words; i += kWarpThreads) {
+        if (i >= begin / 32 && i < end / 32) continue;
+        const bool begun = i == end / 32 && begin < end;
+        place.bits[block * words + i] = begun ? smem_.words[warp_][block] : 0;
+      }
+    }
   }
 
  private:
@@ -188,29 +232,36 @@ class EstimateWarp {
            m % Config::kBlockRows * p_.row_stride;
   }
 
-  // Maxima of four units, of a q-block's first rows or of others.
-  __device__ void keep(const int32_t (&best)[4], int block, int unit, bool first) {
-    auto& to = *reinterpret_cast<int4*>(&smem_.best[warp_][block][unit]);
-    int4 own = {best[0], best[1], best[2], best[3]};
-    if (!first) {
-      const int4 before = to;
-      own = {max(own.x, before.x), max(own.y, before.y), max(own.z, before.z),
-             max(own.w, before.w)};
+  // The maxima of a q-block's units in a tile, over the warp's lanes; of its first rows or of more.
+  __device__ __forceinline__ void keep(const float (&best)[Config::kTileUnits], int block, int unit,
+                                       bool first) {
+    int32_t maxima[Config::kTileUnits];
+#pragma unroll
+    for (int u = 0; u < Config::kTileUnits; ++u)
+      maxima[u] = __reduce_max_sync(0xffffffffu, sm80::float_order(best[u]));
+    if (lane_ != 0) return;
+    int32_t* to = &smem_.best[warp_][block][unit];
+#pragma unroll
+    for (int u = 0; u < Config::kTileUnits; u += 2) {
+      auto& two = *reinterpret_cast<int2*>(to + u);
+      two = first ? int2{maxima[u], maxima[u + 1]}
+                  : int2{max(two.x, maxima[u]), max(two.y, maxima[u + 1])};
     }
-    to = own;
   }
 
   // The greatest estimate of a lane's row with its keys of a unit.
   template <bool kMasked>
-  static __device__ float value_of(const Products& products, int unit, int half, float scale,
-                                   const float2& numbers) {
-    int32_t greatest = kUnseen;
-#pragma unroll
-    for (int j = 0; j < Config::kUnitKeys / 8; ++j) {
-      const int at = (unit * (Config::kUnitKeys / 8) + j) * 4 + half * 2;
-      greatest = __vimax3_s32(greatest, products(at), products(at + 1));
+  __device__ __forceinline__ float value_of(const Products& products, int unit, int half,
+                                            float2 numbers) const {
+    constexpr int kPairs = Config::kUnitKeys / 8;
+    const auto at = [&](int i) { return products((unit * kPairs + i / 2) * 4 + half * 2 + i % 2); };
+    int32_t greatest = max(__vimax3_s32(at(0), at(1), at(2)), at(3));
+    if constexpr (kPairs == 4) {
+      const int32_t first = __vimax3_s32(at(0), at(1), at(2));
+      const int32_t second = __vimax3_s32(at(3), at(4), at(5));
+      greatest = max(__vimax3_s32(first, second, at(6)), at(7));
     }
-    const float factor = __fmul_rn(numbers.x, scale);
+    const float factor = __fmul_rn(numbers.x, scales_[unit]);
     const float value = __fsub_rn(__fmul_rn(static_cast<float>(greatest), factor), numbers.y);
     return kMasked && greatest == kUnseen ? negative_infinity() : value;
   }
@@ -242,6 +293,9 @@ class EstimateWarp {
   SharedStorage& smem_;
   int warp_;
   int lane_;
+  float2 numbers_[2];                 // factors and thresholds of the lane's rows of a fragment
+  alignas(16) float scales_[Config::kTileUnits];  // of the lane's keys of a tile
+  float best_[Config::kTileUnits];    // of the lane's rows of a q-block with these
   decltype(make_tensor<int8_t>(
       Shape<Shape<_4, _2, _2>, _1, Int<Config::kFragments>, Int<Config::kSteps>>{})) rows_;
 };
