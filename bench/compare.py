@@ -29,15 +29,7 @@ import cases_estimate
 import cases_threshold
 import peers
 import results
-from measure import (
-    call_us,
-    device_name,
-    import_s,
-    row,
-    time_gpu,
-    time_interleaved,
-    timed_peers,
-)
+from measure import call_us, device_name, import_s, row, time_gpu, time_interleaved, timed_peers
 
 
 @dataclass(frozen=True)

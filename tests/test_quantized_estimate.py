@@ -312,6 +312,14 @@ def test_bad_tau_is_named(tau):
         attnsieve.select_estimated(q, q, q, tau=tau)
 
 
+@pytest.mark.parametrize("given", ["cu_seqlens_q", "cu_seqlens_k"])
+def test_packed_sequences_need_the_offsets_of_both(given):
+    q = torch.zeros(64, 1, 64)
+    offsets = torch.tensor([0, 64], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q, cu_seqlens_k: must be given together"):
+        attnsieve.select_estimated(q, q, q, tau=0.1, **{given: offsets})
+
+
 def test_windows_are_refused():
     q = torch.zeros(1, 1, 64, 64)
     with pytest.raises(NotImplementedError, match="window"):

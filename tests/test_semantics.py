@@ -3,7 +3,8 @@
 Promises with a file of their own: strides (test_strides), sizes above 2**31 (test_large), memory
 that was not selected (test_poison), threshold skipping (test_selection_threshold), selection rules
 (test_selection_block), what an index and pages select (test_semantics_lists), codes of rows
-(test_quantize_blocks), determinism, streams, errors and the index formats (test_index).
+(test_quantize_blocks), estimates from them (test_estimate_block_scores, test_quantized_estimate,
+test_estimate_promises), determinism, streams, errors and the index formats (test_index).
 """
 
 import math

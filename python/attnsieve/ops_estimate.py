@@ -214,6 +214,8 @@ def select_estimated(
     """
     scale = default_scale(q, softmax_scale)
     packed = cu_seqlens_q is not None
+    if packed != (cu_seqlens_k is not None):
+        raise ValueError("cu_seqlens_q, cu_seqlens_k: must be given together")
     if packed and (max_seqlen_q is None or max_seqlen_k is None):
         raise ValueError("max_seqlen_q, max_seqlen_k: must be given for packed sequences")
     batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
