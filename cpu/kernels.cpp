@@ -1,5 +1,7 @@
 #include "kernels.h"
 
+#include "code_products.h"
+
 namespace attnsieve::cpu {
 
 // Defined in kernels_<isa>.cpp; nullptr where that file was compiled without its flags. Data, not
@@ -12,6 +14,9 @@ extern const Kernels* const kTable;
 }
 namespace avx512 {
 extern const Kernels* const kTable;
+}
+namespace vnni {
+extern const CodeProducts* const kTable;
 }
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -32,6 +37,12 @@ const Kernels* avx512_kernels() {
   const bool runs = ATTNSIEVE_CPU_HAS("avx512f") && ATTNSIEVE_CPU_HAS("avx512bw") &&
                     ATTNSIEVE_CPU_HAS("avx512vl") && ATTNSIEVE_CPU_HAS("avx512dq");
   return runs ? avx512::kTable : nullptr;
+}
+
+const CodeProducts* code_products() {
+  const bool runs = ATTNSIEVE_CPU_HAS("avx512f") && ATTNSIEVE_CPU_HAS("avx512bw") &&
+                    ATTNSIEVE_CPU_HAS("avx512vl") && ATTNSIEVE_CPU_HAS("avx512vnni");
+  return runs ? vnni::kTable : nullptr;
 }
 
 const Kernels& kernels() {

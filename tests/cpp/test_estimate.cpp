@@ -9,6 +9,7 @@
 #include "attnsieve/estimate.h"
 #include "attnsieve/launch.h"
 #include "check.h"
+#include "cpu/code_products.h"
 #include "threads.h"
 
 using namespace attnsieve;
@@ -46,10 +47,10 @@ double scale_of(const CodedRows& rows, int64_t line, int64_t row) {
 }
 
 void against_doubles(int32_t block_q, int32_t block_k, int32_t stride, bool causal,
-                     ScaleRows scale_rows) {
-  constexpr int64_t kBatch = 2, kHeads = 4, kKvHeads = 2, kQ = 150, kK = 210, kDim = 64;
-  Rows q(kBatch, kHeads, kQ, kDim, ScaleRows::kQueryPairs, 1, 1);
-  Rows k(kBatch, kKvHeads, kK, kDim, scale_rows, 32, 2);
+                     ScaleRows scale_rows, int64_t head_dim) {
+  constexpr int64_t kBatch = 2, kHeads = 4, kKvHeads = 2, kQ = 150, kK = 210;
+  Rows q(kBatch, kHeads, kQ, head_dim, ScaleRows::kQueryPairs, 1, 1);
+  Rows k(kBatch, kKvHeads, kK, head_dim, scale_rows, 32, 2);
   std::vector<float> threshold(kBatch * kHeads * kQ);
   for (size_t i = 0; i < threshold.size(); ++i) threshold[i] = static_cast<float>(i % 17) / 8;
   EstimateProblem problem;
@@ -61,7 +62,7 @@ void against_doubles(int32_t block_q, int32_t block_k, int32_t stride, bool caus
   problem.num_kv_heads = kKvHeads;
   problem.seqlen_q = kQ;
   problem.seqlen_k = kK;
-  problem.head_dim = kDim;
+  problem.head_dim = head_dim;
   problem.softmax_scale = 0.125f;
   problem.mask.causal = causal;
   problem.block_q = block_q;
@@ -72,6 +73,10 @@ void against_doubles(int32_t block_q, int32_t block_k, int32_t stride, bool caus
   std::vector<float> scores(kBatch * kHeads * rows * columns, 7.0f);
   problem.scores = scores.data();
   cpu::estimate_block_scores(problem, threaded<3>());
+  std::vector<float> in_floats(scores.size(), 7.0f);
+  problem.scores = in_floats.data();
+  cpu::estimate_block_scores(problem, threaded<2>(), nullptr);
+  CHECK(in_floats == scores);
 
   std::vector<double> want(scores.size(), -kInfinity);
   for (int64_t line = 0; line < kBatch * kHeads; ++line) {
@@ -80,8 +85,9 @@ void against_doubles(int32_t block_q, int32_t block_k, int32_t stride, bool caus
       for (int64_t j = 0; j < kK; ++j) {
         if (causal && j > i + kK - kQ) break;
         int64_t dot = 0;
-        for (int64_t d = 0; d < kDim; ++d)
-          dot += q.codes[(line * kQ + i) * kDim + d] * k.codes[(kv_line * kK + j) * kDim + d];
+        for (int64_t d = 0; d < head_dim; ++d)
+          dot +=
+              q.codes[(line * kQ + i) * head_dim + d] * k.codes[(kv_line * kK + j) * head_dim + d];
         const double value = 0.125 * static_cast<double>(dot) * scale_of(q.coded, line, i) *
                                  scale_of(k.coded, kv_line, j) -
                              threshold[line * kQ + i];
@@ -139,8 +145,8 @@ int main() {
   for (const int32_t stride : {1, 4}) {
     for (const int32_t block_k : {16, 128}) {
       for (const bool causal : {false, true}) {
-        against_doubles(64, block_k, stride, causal, ScaleRows::kKeyQuads);
-        against_doubles(128, block_k, stride, causal, ScaleRows::kBlock);
+        against_doubles(64, block_k, stride, causal, ScaleRows::kKeyQuads, 96);
+        against_doubles(128, block_k, stride, causal, ScaleRows::kBlock, 50);
       }
     }
   }
