@@ -80,8 +80,8 @@ struct Scratch {
   std::vector<int8_t> key_codes;
   std::vector<Place> order;  // of a tile's keys
   std::vector<Cell> cells;
-  float row_factor[kColumns];
-  float threshold[kColumns];
+  float row_factor[kColumns] = {};
+  float threshold[kColumns] = {};
   KeyRange visible[kColumns];
   std::vector<float> best;  // of each q-block and KV block: the maximum, or the sum
 
