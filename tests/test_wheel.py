@@ -16,6 +16,8 @@ PUBLIC = (
     "build_info",
     "decode",
     "estimate_block_scores",
+    "LowRankFit",
+    "lowrank_fit",
     "merge_states",
     "pooled_block_scores",
     "proxy_scores",

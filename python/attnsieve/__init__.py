@@ -14,6 +14,7 @@ _load_ops()
 from attnsieve import _fake as _fake  # noqa: E402  (registers on the ops loaded above)
 from attnsieve.cache import CachedKV, PagedKVCache  # noqa: E402  (after the ops)
 from attnsieve.index import BlockIndex  # noqa: E402  (after the ops)
+from attnsieve.lowrank import LowRankFit, lowrank_fit  # noqa: E402  (after the ops)
 from attnsieve.ops import (  # noqa: E402  (after the ops)
     block_sparse_attention,
     merge_states,
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockIndex",
     "CachedKV",
+    "LowRankFit",
     "PagedKVCache",
     "QuantizedBlocks",
     "TokenIndex",
@@ -58,6 +60,7 @@ __all__ = [
     "decode",
     "estimate_block_scores",
     "kernel_attributes",
+    "lowrank_fit",
     "merge_states",
     "pooled_block_scores",
     "proxy_scores",
