@@ -17,6 +17,7 @@ PUBLIC = (
     "decode",
     "estimate_block_scores",
     "LowRankFit",
+    "low_rank_attention",
     "lowrank_fit",
     "merge_states",
     "pooled_block_scores",

@@ -30,6 +30,7 @@ from attnsieve.ops_estimate import (  # noqa: E402  (after the ops)
     quantized_estimate_attention,
     select_estimated,
 )
+from attnsieve.ops_lowrank import low_rank_attention  # noqa: E402  (after the ops)
 from attnsieve.ops_quantize import QuantizedBlocks, quantize_blocks  # noqa: E402  (after the ops)
 from attnsieve.ops_threshold import (  # noqa: E402  (after the ops)
     threshold_attention,
@@ -60,6 +61,7 @@ __all__ = [
     "decode",
     "estimate_block_scores",
     "kernel_attributes",
+    "low_rank_attention",
     "lowrank_fit",
     "merge_states",
     "pooled_block_scores",

@@ -1,0 +1,129 @@
+"""The low-rank family in one call: score narrow proxies, keep the k best keys, attend exactly.
+
+Letters as in :mod:`attnsieve.ops_decode`; ``r`` width of a proxy, ``Hp`` heads that have proxies of
+their own.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnsieve._arguments import require_tensor
+from attnsieve.ops_cache import proxy_scores
+from attnsieve.ops_topk import topk_attention
+from attnsieve.token_index import TokenIndex
+
+__all__ = ["low_rank_attention"]
+
+
+def low_rank_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    projection: Tensor,
+    proxy: Tensor,
+    k: int = 2048,
+    proxy_scale: Tensor | None = None,
+    num_lists: int | None = None,
+    head_reduce: str | None = None,
+    row_reduce: str | None = None,
+    sink_tokens: int = 0,
+    recent_tokens: int = 64,
+    block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    sink: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    validate: bool = False,
+    return_index: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor | TokenIndex, ...]:
+    """Attention of 1 to 8 new query rows per sequence over the k keys whose proxies score best.
+
+    Scores are ``(q @ projection) . proxy``: one product of matrices, then :func:`proxy_scores`,
+    :func:`select_topk` and :func:`decode`. Nothing synchronises and no shape depends on values.
+    :func:`lowrank_fit` makes the projections; :class:`PagedKVCache` with ``projection=to_k`` keeps
+    the proxies of paged keys as they are written.
+
+    Args:
+        q, k_cache, v_cache: as in :func:`topk_attention`, float8 caches too.
+        projection: of queries, ``[Hp, D, r]`` or ``[B, Hp, D, r]``: ``LowRankFit.to_q``. Query head
+            h takes head ``h // (Hq // Hp)``; converted to q's dtype. r a multiple of 8.
+        proxy: of the cached keys, ``[B, Hp, S, r]``, with ``block_table`` pages
+            ``[num_pages, P, Hp, r]``. Dtype of q, or float8_e4m3fn or int8 codes.
+        k: keys of a list. A sequence of at most k keys is attended to completely.
+        proxy_scale: float32, shape of ``proxy`` without r: needed with codes.
+        num_lists: lists per sequence: Hq, Hkv (default) or 1. LRQK has one per query head.
+        head_reduce: "max" (default), "mean" or "sum" over the query heads that share a list.
+        row_reduce: "max", "mean" or "sum" makes one list for all Sq rows. Default None: a list per
+            row.
+        sink_tokens, recent_tokens: at least so many first and last keys of each row are kept,
+            whatever their scores, inside k.
+        block_table, seq_lens, sink, k_scale, v_scale, softmax_scale, causal, validate,
+            return_index, return_lse: as in :func:`topk_attention`.
+
+    Returns:
+        As :func:`topk_attention`.
+
+    Raises:
+        TypeError, ValueError: malformed argument, named in the text.
+        NotImplementedError: no kernel for the device, dtype, head dim or r; or gradients are asked
+            for: there is no backward yet.
+
+    LRQK (Li et al., NeurIPS 2025, arXiv:2510.23649) selects like this; there the newest rows'
+    projections are also refined at every step.
+    """
+    for name, tensor in (("q", q), ("projection", projection), ("proxy", proxy)):
+        require_tensor(name, tensor)
+    if q.dim() != 4:
+        raise ValueError(f"q: expected 4 dimensions, got shape {list(q.shape)}")
+    if projection.dim() not in (3, 4) or projection.shape[-2] != q.shape[3]:
+        raise ValueError(
+            f"projection: expected [Hp, {q.shape[3]}, r] or [B, Hp, {q.shape[3]}, r], got shape "
+            f"{list(projection.shape)}"
+        )
+    heads = projection.shape[-3]
+    if heads == 0 or q.shape[1] % heads:
+        raise ValueError(f"projection: {heads} heads do not divide the {q.shape[1]} of q")
+    if projection.dim() == 4 and projection.shape[0] != q.shape[0]:
+        raise ValueError(f"projection: expected a batch of {q.shape[0]}, got {projection.shape[0]}")
+    proxy_heads = 1 if block_table is None else 2
+    if proxy.dim() != 4 or proxy.shape[proxy_heads] != heads:
+        raise ValueError(f"proxy: expected {heads} heads, got shape {list(proxy.shape)}")
+    if row_reduce is None and q.shape[2] == 1:
+        row_reduce = "max"  # the row itself, and a list that serves later calls of any Sq
+    num_kv_heads = k_cache.shape[proxy_heads]
+    grouped = q.unflatten(1, (heads, -1)) @ projection.to(q.dtype).unsqueeze(-3)
+    scores = proxy_scores(
+        grouped.flatten(1, 2),
+        proxy,
+        key_scale=proxy_scale,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        row_reduce=row_reduce,
+        head_reduce=head_reduce or "max",
+        num_out_heads=num_kv_heads if num_lists is None else num_lists,
+        causal=causal,
+    )
+    return topk_attention(
+        q,
+        k_cache,
+        v_cache,
+        k=k,
+        score=scores,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        sink=sink,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        validate=validate,
+        return_index=return_index,
+        return_lse=return_lse,
+    )
