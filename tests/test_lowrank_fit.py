@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from attnsieve.lowrank import lowrank_fit
+from attnsieve.lowrank import lowrank_fit, lowrank_step
 
 
 def _published(q, k, rank, iterations, aq=None, ak=None):
@@ -179,6 +179,78 @@ def test_bfloat16_rows_are_taken_as_they_are(device):
     fit = lowrank_fit(q, k, 8)
     assert torch.equal(fit.to_k, exact.to_k)
     assert fit.keys(k).dtype == torch.bfloat16
+
+
+def _published_step(fit, q, k, keys, proxies, iterations):
+    """One head's step with inverses updated by Sherman and Morrison's formula, and exact steps."""
+    bq, bk = fit
+
+    def updated(inverse, row, right):
+        solved, other = inverse @ right, inverse @ row
+        return solved - other * (row @ solved) / (1 + row @ other)
+
+    inverse_q = np.linalg.inv(bq @ bq.T + proxies.T @ proxies)
+    inverse_k = np.linalg.inv(bk @ bk.T)
+    of_k = inverse_k @ (bk @ k)
+    for _ in range(iterations):
+        of_q = updated(inverse_q, of_k, bq @ q + proxies.T @ (keys @ q) + (q @ k) * of_k)
+        of_k = updated(inverse_k, of_q, bk @ k + (q @ k) * of_q)
+    bq = bq - np.outer(of_q, of_q @ bq - q) / (of_q @ of_q)
+    bk = bk - np.outer(of_k, of_k @ bk - k) / (of_k @ of_k)
+    return of_q, of_k, bq, bk
+
+
+def _step(device, share, q_heads=None):
+    q, k = _tensors(device, rows=(170, 170))
+    if q_heads == "equal":
+        q = q[:, ::2].repeat_interleave(2, 1)
+    fit = lowrank_fit(q[:, :, :160], k[:, :, :160], 8, share=share)
+    proxies = fit.keys(k)
+    near = [x[:, :, 40:90] for x in (k, proxies)]
+    near[0] = near[0].repeat_interleave(proxies.shape[1] // 2, 1)
+    new_q, new_k = q[:, :, 165:166], k[:, :, 165:166]
+    return fit, new_q, new_k, near, lowrank_step(fit, new_q, new_k, *near)
+
+
+def test_a_step_is_the_published_one(device):
+    fit, q, k, near, (refined, of_q, of_k) = _step(device, "query_head")
+    for b, h in np.ndindex(2, 4):
+        own = [x[b, h].double().cpu().numpy() for x in (fit.from_q, fit.from_k)]
+        rows = [x.cpu().numpy() for x in (q[b, h, 0], k[b, h // 2, 0])]
+        keys, proxies = (x[b, h].double().cpu().numpy() for x in near)
+        want = _published_step(own, *rows, keys, proxies, 2)
+        found = of_q[b, h, 0], of_k[b, h, 0], refined.from_q[b, h], refined.from_k[b, h]
+        for x, y in zip(found, want, strict=True):
+            _close(x, y)
+
+
+@pytest.mark.parametrize("share", ["kv_head", "query_head"])
+def test_a_step_makes_the_new_rows_reconstructible(device, share):
+    _, q, k, _, (refined, of_q, of_k) = _step(device, share)
+    heads = refined.from_q.shape[1]
+    _close(of_q @ refined.from_q.repeat_interleave(4 // heads, 1).double(), q.cpu(), 1e-4)
+    _close(of_k @ refined.from_k.double(), k.repeat_interleave(heads // 2, 1).cpu(), 1e-4)
+
+
+def test_a_step_of_equal_heads_is_that_of_one(device):
+    *_, (shared, of_q, of_k) = _step(device, "kv_head", "equal")
+    *_, (own, own_q, own_k) = _step(device, "query_head", "equal")
+    _close(of_q, own_q.cpu())
+    _close(of_k.repeat_interleave(2, 1), own_k.cpu())
+    _close(shared.from_q.repeat_interleave(2, 1), own.from_q.cpu(), 1e-4)
+    _close(shared.from_k.repeat_interleave(2, 1), own.from_k.cpu())
+
+
+def test_a_step_names_what_does_not_fit(device):
+    fit, q, k, near, _ = _step(device, "kv_head")
+    for given, name in (
+        ((q[:, :3], k, *near), "q"),
+        ((q, k[:, :1].repeat(1, 3, 1, 1), *near), "k"),
+        ((q, k, near[0][:, :1], near[1]), "resident_keys"),
+        ((q, k, near[0], near[1][..., :4]), "resident_proxies"),
+    ):
+        with pytest.raises(ValueError, match=f"lowrank_step: {name}: expected"):
+            lowrank_step(fit, *given)
 
 
 @pytest.mark.parametrize(

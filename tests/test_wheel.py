@@ -19,6 +19,7 @@ PUBLIC = (
     "LowRankFit",
     "low_rank_attention",
     "lowrank_fit",
+    "lowrank_step",
     "merge_states",
     "pooled_block_scores",
     "proxy_scores",

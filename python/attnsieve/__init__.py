@@ -14,7 +14,7 @@ _load_ops()
 from attnsieve import _fake as _fake  # noqa: E402  (registers on the ops loaded above)
 from attnsieve.cache import CachedKV, PagedKVCache  # noqa: E402  (after the ops)
 from attnsieve.index import BlockIndex  # noqa: E402  (after the ops)
-from attnsieve.lowrank import LowRankFit, lowrank_fit  # noqa: E402  (after the ops)
+from attnsieve.lowrank import LowRankFit, lowrank_fit, lowrank_step  # noqa: E402  (after the ops)
 from attnsieve.ops import (  # noqa: E402  (after the ops)
     block_sparse_attention,
     merge_states,
@@ -63,6 +63,7 @@ __all__ = [
     "kernel_attributes",
     "low_rank_attention",
     "lowrank_fit",
+    "lowrank_step",
     "merge_states",
     "pooled_block_scores",
     "proxy_scores",

@@ -115,6 +115,85 @@ def lowrank_fit(
     return _fit_of(gram_q, gram_k, x, y)
 
 
+def lowrank_step(
+    fit: LowRankFit,
+    q: Tensor,
+    k: Tensor,
+    resident_keys: Tensor,
+    resident_proxies: Tensor,
+    *,
+    iterations: int = 2,
+) -> tuple[LowRankFit, Tensor, Tensor]:
+    """LRQK's refinement at a decode step: the new rows' numbers, and reconstructions with them.
+
+    In turns, the query's numbers fit its reconstruction, its logits with the resident keys and with
+    its own key; the key's fit its reconstruction and that logit. Then ``from_q`` and ``from_k``
+    change by the least that reconstructs the new rows exactly (a Kaczmarz step).
+
+    Args:
+        fit: of the H heads.
+        q: ``[B, Hq, 1, D]``; k: ``[B, Hkv, 1, D]``, the new token's.
+        resident_keys: ``[B, H, n, D]``, the keys at hand, such as those attended to at the last
+            step, and resident_proxies ``[B, H, n, r]``, their numbers. Rows of zeros stand for
+            none.
+        iterations: turns.
+
+    Returns:
+        The fit with new reconstructions, ``[B, Hq, 1, r]`` of the query and ``[B, H, 1, r]`` of the
+        key, which belongs into the proxy cache, in q's dtype. Query heads that share a fit are
+        refined one by one and weigh on their key as their mean.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    heads, group = fit.to_k.shape[1], q.shape[1] // fit.to_k.shape[1]
+    batch, width, rank = fit.to_k.shape[0], fit.to_k.shape[2], fit.to_k.shape[3]
+    count = resident_keys.shape[2] if resident_keys.dim() == 4 else 0
+    for name, tensor, shape in (
+        ("q", q, (batch, heads * group, 1, width)),
+        ("resident_keys", resident_keys, (batch, heads, count, width)),
+        ("resident_proxies", resident_proxies, (batch, heads, count, rank)),
+        ("k", _of_heads(k, heads) if k.dim() == 4 else k, (batch, heads, 1, width)),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"lowrank_step: {name}: expected {list(shape)}, got {list(tensor.shape)}"
+            )
+    rows = q.double().flatten(2).unflatten(1, (heads, group))  # [B, H, G, D]
+    key, near, numbers = (
+        x.double() for x in (_of_heads(k, heads), resident_keys, resident_proxies)
+    )
+    from_q, from_k = fit.from_q.double(), fit.from_k.double()
+    of_key = key @ from_k.transpose(2, 3)
+    of_rows = rows @ from_q.transpose(2, 3) + rows @ near.transpose(2, 3) @ numbers
+    key_moments = from_k @ from_k.transpose(2, 3)
+    row_moments = from_q @ from_q.transpose(2, 3) + numbers.transpose(2, 3) @ numbers
+    logits = rows @ key.transpose(2, 3)  # [B, H, G, 1]
+    key_numbers = _solve(key_moments, of_key.transpose(2, 3)).transpose(2, 3)
+    row_numbers = torch.zeros_like(of_rows)
+    for _ in range(iterations):
+        matrix = row_moments + key_numbers.transpose(2, 3) * key_numbers
+        right = of_rows + logits * key_numbers
+        row_numbers = _solve(matrix, right.transpose(2, 3)).transpose(2, 3)
+        matrix = key_moments + row_numbers.transpose(2, 3) @ row_numbers / group
+        right = of_key + logits.transpose(2, 3) @ row_numbers / group
+        key_numbers = _solve(matrix, right.transpose(2, 3)).transpose(2, 3)
+    refined = LowRankFit(
+        fit.to_q,
+        fit.to_k,
+        _reconstructing(from_q, row_numbers, rows).to(fit.from_q.dtype),
+        _reconstructing(from_k, key_numbers, key).to(fit.from_k.dtype),
+    )
+    return refined, row_numbers.flatten(1, 2).unsqueeze(2).to(q.dtype), key_numbers.to(q.dtype)
+
+
+def _reconstructing(reconstruction: Tensor, numbers: Tensor, rows: Tensor) -> Tensor:
+    """The nearest to ``reconstruction`` that makes ``rows`` of their numbers."""
+    missing = rows - numbers @ reconstruction
+    step = _solve(numbers @ numbers.transpose(2, 3), missing)
+    return reconstruction + numbers.transpose(2, 3) @ step
+
+
 def _check(q, k, rank, share, method, start, iterations) -> None:
     for name, tensor in (("q", q), ("k", k)):
         if tensor.dim() != 4 or not tensor.is_floating_point():
