@@ -55,6 +55,21 @@ def recycled(q, k, budget):
     return [best(weights[h // group * group :][:group].sum(0), budget) for h in range(q.shape[0])]
 
 
+def lowrank(q, k, to_q, to_k, budget, recent):
+    """One list per KV head; ``to_q``, ``to_k`` are ``[H, D, r]``, H heads for Hq or for Hkv."""
+    length, group, kept = k.shape[1], q.shape[0] // k.shape[0], []
+    scores = []
+    for h in range(q.shape[0]):
+        own = h * to_q.shape[0] // q.shape[0]
+        scores.append((k[h // group] @ to_k[own]) @ (q[h] @ to_q[own]))
+    newest = set(range(length - recent, length))
+    for h in range(q.shape[0]):
+        votes = torch.stack(scores[h // group * group :][:group]).amax(0)
+        votes[length - recent :] = -torch.inf
+        kept.append(newest | best(votes, budget - recent))
+    return kept
+
+
 def tokenselect(q, k, budget, init, local, scale):
     length = k.shape[1]
     middle = range(min(init, length), max(length - local, init))

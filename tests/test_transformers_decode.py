@@ -18,6 +18,7 @@ from attnsieve.methods import (
     DSA,
     Delta,
     DenseDecode,
+    LowRank,
     PooledTopK,
     Quest,
     Recycled,
@@ -54,7 +55,7 @@ def model_of(device="cpu", **changes):
 def covering():
     """Methods whose budgets hold every sequence of these tests."""
     every = (DenseDecode(), Quest(1024), TidalDecode(1024), Delta(1024), Recycled(1024, stride=3))
-    return *every, TokenSelect(1024), DSA(index_inputs, 1024)
+    return *every, TokenSelect(1024), DSA(index_inputs, 1024), LowRank(1024, rank=16)
 
 
 def narrow():
@@ -65,6 +66,7 @@ def narrow():
         Recycled(12, stride=4),
         TokenSelect(12, 2, 8),
         DSA(index_inputs, 20),
+        LowRank(12, rank=8, recent=4),
     )
 
 

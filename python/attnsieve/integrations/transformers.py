@@ -281,12 +281,13 @@ def _attend(
 ) -> Tensor:
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     step = seqlen_q <= MAX_DECODE_ROWS and seqlen_q < seqlen_k
+    paged = isinstance(k, PagedStates)
     if choice.decode is not None and not step:
-        choice.decode.reset()
+        new = k.new if paged else k[:, :, seqlen_k - seqlen_q :]
+        choice.decode.prefill(q, new, layer_idx=settings["layer_idx"] or 0, sequence=sequence)
     method = choice.prefill or _DENSE
     if seqlen_q < getattr(method, "min_seqlen_q", 0):
         method = _DENSE
-    paged = isinstance(k, PagedStates)
     decode = choice.decode or (_DENSE_DECODE if paged and isinstance(method, Dense) else None)
     if step and decode is not None and settings["causal"] and settings["window"] is None:
         named = {name: settings[name] for name in ("layer_idx", "softmax_scale", "sink")}

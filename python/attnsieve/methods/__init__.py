@@ -12,6 +12,7 @@ from attnsieve.methods.base import BlockMethod, Dense, Method
 from attnsieve.methods.decode import MAX_DECODE_ROWS, DecodeMethod, DenseDecode
 from attnsieve.methods.delta import Delta
 from attnsieve.methods.dsa import DSA
+from attnsieve.methods.lowrank import LowRank
 from attnsieve.methods.oracle import OracleTopK, block_mass
 from attnsieve.methods.pooled import PooledTopK, PooledTopP
 from attnsieve.methods.quest import Quest
@@ -31,6 +32,7 @@ __all__ = [
     "Delta",
     "Dense",
     "DenseDecode",
+    "LowRank",
     "Method",
     "OracleTopK",
     "PooledTopK",

@@ -57,6 +57,14 @@ class DecodeMethod(ABC):
         """Forgets what earlier calls left."""
         self.state.clear()
 
+    def prefill(self, q: Tensor, k: Tensor, *, layer_idx: int = 0, sequence: int = 0) -> None:
+        """What a new text begins with: queries ``[B, Hq, S, D]`` and keys ``[B, Hkv, S, D]``.
+
+        Called for every layer of a prefill. A method that learns nothing from them forgets what
+        earlier texts left.
+        """
+        self.reset()
+
 
 @dataclass(eq=False)
 class DenseDecode(DecodeMethod):
