@@ -24,7 +24,15 @@ from attnsieve.demo.options import (
 
 # The keys of plan.FAMILIES and decode.DECODE_FAMILIES, which are imported with torch.
 _FAMILIES = ("topk", "topp", "sale", "xattention", "spargeattn", "threshold", "oracle")
-_DECODE_FAMILIES = ("quest", "tidaldecode", "delta", "recycled", "tokenselect", "threshold")
+_DECODE_FAMILIES = (
+    "quest",
+    "tidaldecode",
+    "delta",
+    "recycled",
+    "tokenselect",
+    "lowrank",
+    "threshold",
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from attnsieve.methods import (
     DecodeMethod,
     Delta,
     DenseDecode,
+    LowRank,
     Quest,
     Recycled,
     ThresholdDecode,
@@ -34,11 +35,14 @@ DECODE_FAMILIES = {
     "delta": "DELTA",
     "recycled": "Recycled",
     "tokenselect": "TokenSelect",
+    "lowrank": "LowRank",
     "threshold": "threshold",
 }
 TWO_PHASE = "threshold 2-phase"
 DENSE_DECODE = "dense decode"
 PAGE_SIZE = 16
+# Numbers of a key that the low-rank rows score; a quarter of SmolLM2's head_dim.
+RANK = 16
 # Splits of the threshold rows. Each knows the maximum of its own tiles alone: with four, SmolLM2
 # skips 0.20 instead of 0.68 of 2048 tokens at F = 1000, with the op's default nothing.
 THRESHOLD_SPLITS = 1
@@ -114,7 +118,7 @@ def method_of(family: str, budget: int) -> DecodeMethod:
     """A method whose sparse layers keep ``budget`` keys, windows included.
 
     Windows that the papers give for longer texts shrink with the budget: TokenSelect's are 1/16 and
-    1/4 of it, DELTA's recent pages 1/8.
+    1/4 of it, DELTA's recent pages and LowRank's recent tokens 1/8.
     """
     if family == "quest":
         return Quest(budget, PAGE_SIZE)
@@ -124,6 +128,8 @@ def method_of(family: str, budget: int) -> DecodeMethod:
         return Delta(budget, PAGE_SIZE, recent_pages=max(1, budget // (8 * PAGE_SIZE)))
     if family == "recycled":
         return Recycled(budget)
+    if family == "lowrank":
+        return LowRank(budget, RANK, recent=max(1, budget // 8))
     windows = budget // 16, budget // 4
     return TokenSelect(budget - sum(windows), *windows)
 
@@ -165,13 +171,18 @@ def count_decode_rows(
 
 
 @torch.inference_mode()
-def prefill(subject: Subject, ids: Tensor, steps: int) -> AttnsievePagedCache:
-    """The pages of ``ids`` less the last ``steps + 1`` tokens: the last one is only predicted."""
+def prefill(
+    subject: Subject, ids: Tensor, steps: int, learner: DecodeMethod | None = None
+) -> AttnsievePagedCache:
+    """The pages of ``ids`` less the last ``steps + 1`` tokens: the last one is only predicted.
+
+    ``learner`` is told of the prompt's queries and keys.
+    """
     length = ids.shape[1]
     if length < steps + 2:
         raise DemoError(f"{steps} decode steps need a window of {steps + 2} tokens or more")
     cache = AttnsievePagedCache(subject.model.config, length, PAGE_SIZE)
-    with use(None, subject.model):
+    with use(None, subject.model, decode=learner):
         subject.model.base_model(input_ids=ids[:, : length - steps - 1], past_key_values=cache)
     return cache
 
@@ -192,8 +203,11 @@ def measure_decode(
     announce("decode: prefill")
     results = []
     try:
-        cache = prefill(subject, ids, steps)
+        learner = LowRank(rank=RANK)
+        cache = prefill(subject, ids, steps, learner)
         for name, budget, method in rows:
+            if isinstance(method, LowRank):
+                method.fits = learner.fits
             announce(f"{name} {budget}".strip())
             run_steps(subject, ids, cache, method, min(WARM_UP_STEPS, steps))
             numbers = run_steps(subject, ids, cache, method, steps)

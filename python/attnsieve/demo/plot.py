@@ -25,6 +25,7 @@ DECODE_STYLES = {
     DECODE_FAMILIES["delta"]: ("#009E73", "^"),
     DECODE_FAMILIES["recycled"]: ("#CC79A7", "v"),
     DECODE_FAMILIES["tokenselect"]: ("#E69F00", "D"),
+    DECODE_FAMILIES["lowrank"]: ("#F0E442", "*"),
     DECODE_FAMILIES["threshold"]: ("#56B4E9", "P"),
     TWO_PHASE: ("#000000", "X"),
 }
