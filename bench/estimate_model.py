@@ -11,19 +11,13 @@ share of the causal blocks that each keeps then, and the attention weight these 
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 import attnsieve
-import results
-from attnsieve.demo import measure, model
-from attnsieve.demo.options import DEFAULT_TEXT_OFFSET
-from attnsieve.integrations.transformers import register
-from attnsieve.methods import Dense, block_mass
+import model_layers
+from attnsieve.demo import measure
+from attnsieve.methods import block_mass
 
 BLOCK_Q, SINK_TOKENS, LOCAL_TOKENS = 64, 32, 256
 START, END = 0.128, 1e-4
@@ -116,46 +110,27 @@ class Layer:
 
 def main() -> None:
     """Search in every layer and print."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--length", type=int, default=8192)
-    options.add_argument("--every", type=int, default=1, help="every how-manieth layer")
+    options = model_layers.options(__doc__.splitlines()[0], length=8192)
     options.add_argument("--block-k", type=int, default=32)
     options.add_argument("--row-stride", type=int, default=1)
     options.add_argument("--budget", type=float, default=0.05)
-    options.add_argument("--json", type=Path)
     chosen = options.parse_args()
-    register()
-    subject = model.load_subject(
-        None, model.default_cache_dir(), torch.float32, torch.device("cpu")
-    )
-    ids = model.token_window(subject, model.read_text(None), DEFAULT_TEXT_OFFSET, chosen.length)
-    rows = []
-    seen = 0
 
-    def observe(call: measure.Call) -> None:
-        nonlocal seen
-        number, seen = seen, seen + 1
-        if number % chosen.every:
-            return
+    def look(number: int, call: measure.Call) -> dict:
         layer = Layer(call, chosen.block_k, chosen.row_stride)
         found = {
             f"{bits} bits": layer.search(layer.estimated(bits), chosen.budget) for bits in (4, 8)
         }
         found["exact"] = layer.search(layer.exact(), chosen.budget)
-        rows.append(dict(layer=number, **found))
         texts = (f"{n} {x['density']:.4f} ({x['recall']:.4f})" for n, x in found.items())
         print(f"layer {number:2}: " + ", ".join(texts), flush=True)
+        return found
 
-    measure.measure(subject, ids, Dense(), repeats=1, observe=observe)
+    settings = ("length", "block_k", "row_stride", "budget")
+    rows = model_layers.observe(chosen, settings, look)
     for name in ("4 bits", "8 bits", "exact"):
         density = sum(row[name]["density"] for row in rows) / len(rows)
         print(f"{name}: density {density:.4f} over {len(rows)} layers")
-    if chosen.json:
-        settings = {n: getattr(chosen, n) for n in ("length", "block_k", "row_stride", "budget")}
-        record = dict(
-            **settings, date=results.today(), kernel_hash=results.current_hash(), rows=rows
-        )
-        chosen.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,19 +10,12 @@ keys hold, mean over rows and heads, beside that of the exact best keys.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 import attnsieve
-import results
-from attnsieve.demo import measure, model
-from attnsieve.demo.options import DEFAULT_TEXT_OFFSET
-from attnsieve.integrations.transformers import register
-from attnsieve.methods import Dense
+import model_layers
+from attnsieve.demo import measure
 
 FITS = {
     "r16 kv head": dict(rank=16),
@@ -60,39 +53,20 @@ def recalls(q: Tensor, k: Tensor, scale: float, rows: int, topk: int) -> dict[st
 
 def main() -> None:
     """Fit every layer and print."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--length", type=int, default=4096)
+    options = model_layers.options(__doc__.splitlines()[0], length=4096)
     options.add_argument("--rows", type=int, default=128)
     options.add_argument("--topk", type=int, default=512)
-    options.add_argument("--every", type=int, default=1, help="every how-manieth layer")
-    options.add_argument("--json", type=Path)
     chosen = options.parse_args()
-    register()
-    subject = model.load_subject(
-        None, model.default_cache_dir(), torch.float32, torch.device("cpu")
-    )
-    ids = model.token_window(subject, model.read_text(None), DEFAULT_TEXT_OFFSET, chosen.length)
-    rows = []
-    seen = 0
 
-    def observe(call: measure.Call) -> None:
-        nonlocal seen
-        number, seen = seen, seen + 1
-        if number % chosen.every:
-            return
+    def look(number: int, call: measure.Call) -> dict:
         found = recalls(call.q, call.k, call.mask["softmax_scale"], chosen.rows, chosen.topk)
-        rows.append(dict(layer=number, **found))
-        print(f"layer {number:2}: " + ", ".join(f"{n} {x:.4f}" for n, x in found.items()))
+        texts = ", ".join(f"{name} {x:.4f}" for name, x in found.items())
+        print(f"layer {number:2}: {texts}", flush=True)
+        return found
 
-    measure.measure(subject, ids, Dense(), repeats=1, observe=observe)
+    rows = model_layers.observe(chosen, ("length", "rows", "topk"), look)
     for name in ("exact", *FITS):
         print(f"{name}: {sum(row[name] for row in rows) / len(rows):.4f} over {len(rows)} layers")
-    if chosen.json:
-        settings = {n: getattr(chosen, n) for n in ("length", "rows", "topk")}
-        record = dict(
-            **settings, date=results.today(), kernel_hash=results.current_hash(), rows=rows
-        )
-        chosen.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

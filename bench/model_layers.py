@@ -1,0 +1,54 @@
+"""The demo's model on the CPU, layer by layer: what the scripts that look into it share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import results
+from attnsieve.demo import measure, model
+from attnsieve.demo.options import DEFAULT_TEXT_OFFSET
+from attnsieve.integrations.transformers import register
+from attnsieve.methods import Dense
+
+
+def options(description: str, length: int) -> argparse.ArgumentParser:
+    """The arguments that :func:`observe` reads."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--length", type=int, default=length)
+    found.add_argument("--every", type=int, default=1, help="every how-manieth layer")
+    found.add_argument("--json", type=Path)
+    return found
+
+
+def observe(
+    chosen: argparse.Namespace, settings: tuple[str, ...], look: Callable[[int, measure.Call], dict]
+) -> list[dict]:
+    """What ``look(number, call)`` says of each layer of a dense pass, in float32.
+
+    With ``--json`` also written, beside the arguments that ``settings`` names.
+    """
+    register()
+    subject = model.load_subject(
+        None, model.default_cache_dir(), torch.float32, torch.device("cpu")
+    )
+    ids = model.token_window(subject, model.read_text(None), DEFAULT_TEXT_OFFSET, chosen.length)
+    rows: list[dict] = []
+    seen = 0
+
+    def count(call: measure.Call) -> None:
+        nonlocal seen
+        number, seen = seen, seen + 1
+        if number % chosen.every == 0:
+            rows.append(dict(layer=number, **look(number, call)))
+
+    measure.measure(subject, ids, Dense(), repeats=1, observe=count)
+    if chosen.json:
+        record = {name: getattr(chosen, name) for name in settings}
+        record |= dict(date=results.today(), kernel_hash=results.current_hash(), layers=rows)
+        chosen.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return rows
