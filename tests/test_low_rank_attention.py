@@ -156,6 +156,25 @@ def test_no_token_lies_between_candidates_and_recent_ones(length):
         assert set(range(length - 16, length)) <= set(kept) <= set(range(length))
 
 
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_keys_past_the_length_and_unselected_ones_do_not_matter(device, junk):
+    dtype = _dtype(device)
+    q = _integers((2, 4, 1, 64), 0, device, dtype)
+    k, v = (_integers((2, 2, 90, 64), seed, device, dtype) for seed in (1, 2))
+    projection = torch.eye(64, 16, device=device).expand(2, 64, 16)
+    lengths = torch.tensor([70, 33], dtype=torch.int32, device=device)
+    options = dict(projection=projection, k=16, recent_tokens=4, seq_lens=lengths)
+    proxy = k[..., :16].contiguous()
+    out, index = attnsieve.low_rank_attention(q, k, v, proxy=proxy, return_index=True, **options)
+    kept = _kept(index, 1, 90).to(device)[:, :, 0, :, None]
+    past = torch.arange(90, device=device) >= lengths[:, None]
+    proxy = proxy.masked_fill(past[:, None, :, None], junk)
+    again = attnsieve.low_rank_attention(
+        q, k.masked_fill(~kept, junk), v.masked_fill(~kept, junk), proxy=proxy, **options
+    )
+    assert torch.equal(again, out)
+
+
 def test_empty_batch_and_rows():
     for shape in ((0, 4, 1, 64), (2, 4, 0, 64)):
         k = torch.zeros(shape[0], 2, 30, 64)
@@ -182,7 +201,7 @@ def test_empty_batch_and_rows():
         (dict(proxy=torch.zeros(1, 2, 30)), "proxy: expected 2 heads"),
         (dict(q=torch.zeros(4, 1, 64)), "q: expected 4 dimensions"),
         (dict(k=8), "sink_tokens, recent_tokens"),
-        (dict(num_lists=3), "num_out_heads|num_lists"),
+        (dict(num_lists=3), "num_lists: expected"),
     ],
 )
 def test_bad_calls_name_the_argument(change, name):

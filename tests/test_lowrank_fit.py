@@ -246,6 +246,9 @@ def test_a_step_names_what_does_not_fit(device):
     for given, name in (
         ((q[:, :3], k, *near), "q"),
         ((q, k[:, :1].repeat(1, 3, 1, 1), *near), "k"),
+        ((q, k[:, :0], *near), "k"),
+        ((q, k[0], *near), "k"),
+        ((q, k[:1], *near), "k"),
         ((q, k, near[0][:, :1], near[1]), "resident_keys"),
         ((q, k, near[0], near[1][..., :4]), "resident_proxies"),
     ):

@@ -59,10 +59,12 @@ class Steps:
         length = FIRST + step
         return CachedKV(self.k[layer, :, :, :length], self.v[layer, :, :, :length])
 
-    def paged(self):
-        """The same in pages, for one run."""
+    def paged(self, junk=0.0):
+        """The same in pages, for one run; ``junk`` is what these hold before."""
         options = dict(dtype=self.k.dtype, device=self.k.device, batch=2, num_layers=LAYERS)
         cache = PagedKVCache(20, self.heads[1], 64, bounds=True, **options)
+        cache.k.fill_(junk)
+        cache.v.fill_(junk)
 
         def view(step, layer):
             new = FIRST if step == 0 else 1

@@ -68,3 +68,13 @@ def test_lowrank_sees_new_tokens_in_the_place_of_rejected_ones():
     again = step(3, FIRST + 3)
     method.reset()
     assert_bitwise(step(3, FIRST + 3), again)
+
+
+def test_lowrank_in_pages_that_held_something_else():
+    """Tokens behind the length and pages of nobody hold NaN: proxies of those are never chosen."""
+    steps = Steps((6, 3))
+    method = fitted(steps)
+    plain = steps.run(method)
+    method.reset()
+    pages = steps.run(method, steps.paged(torch.nan))
+    torch.testing.assert_close(pages, plain, **TOLERANCE["cpu"])

@@ -149,11 +149,15 @@ def lowrank_step(
     heads, group = fit.to_k.shape[1], q.shape[1] // fit.to_k.shape[1]
     batch, width, rank = fit.to_k.shape[0], fit.to_k.shape[2], fit.to_k.shape[3]
     count = resident_keys.shape[2] if resident_keys.dim() == 4 else 0
+    if k.dim() != 4 or k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(
+            f"lowrank_step: k: expected heads that divide {heads}, got shape {list(k.shape)}"
+        )
     for name, tensor, shape in (
         ("q", q, (batch, heads * group, 1, width)),
         ("resident_keys", resident_keys, (batch, heads, count, width)),
         ("resident_proxies", resident_proxies, (batch, heads, count, rank)),
-        ("k", _of_heads(k, heads) if k.dim() == 4 else k, (batch, heads, 1, width)),
+        ("k", k, (batch, k.shape[1], 1, width)),
     ):
         if tuple(tensor.shape) != shape:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnsieve._arguments import require_tensor
 from attnsieve.ops_cache import proxy_scores
-from attnsieve.ops_topk import topk_attention
+from attnsieve.ops_topk import lists_of, topk_attention
 from attnsieve.token_index import TokenIndex
 
 __all__ = ["low_rank_attention"]
@@ -105,7 +105,7 @@ def low_rank_attention(
         seq_lens=seq_lens,
         row_reduce=row_reduce,
         head_reduce=head_reduce or "max",
-        num_out_heads=num_kv_heads if num_lists is None else num_lists,
+        num_out_heads=lists_of(num_lists, num_kv_heads, q.shape[1]),
         causal=causal,
     )
     return topk_attention(

@@ -159,6 +159,18 @@ def topk_attention(
     return results if len(results) > 1 else out
 
 
+def lists_of(num_lists: int | None, num_kv_heads: int, num_heads: int) -> int:
+    """``num_lists`` or its default, checked."""
+    if num_lists is None:
+        return num_kv_heads
+    if num_lists not in (1, num_kv_heads, num_heads):
+        raise ValueError(
+            f"num_lists: expected 1, {num_kv_heads} (KV heads) or {num_heads} (query heads), got "
+            f"{num_lists}"
+        )
+    return num_lists
+
+
 def _page_size(
     score: str | Tensor,
     bounds: Tensor | None,
@@ -248,13 +260,7 @@ def _scores(
         row_reduce = "max"  # the row itself, and a list that serves later calls of any Sq
     paged = where["block_table"] is not None
     num_kv_heads = k_cache.shape[2 if paged else 1]
-    if num_lists is None:
-        num_lists = num_kv_heads
-    elif num_lists not in (1, num_kv_heads, q.shape[1]):
-        raise ValueError(
-            f"num_lists: expected 1, {num_kv_heads} (KV heads) or {q.shape[1]} (query heads), got "
-            f"{num_lists}"
-        )
+    num_lists = lists_of(num_lists, num_kv_heads, q.shape[1])
     keys = bounds if score == "quest" else k_cache
     return proxy_scores(
         q,

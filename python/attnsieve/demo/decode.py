@@ -203,7 +203,9 @@ def measure_decode(
     announce("decode: prefill")
     results = []
     try:
-        learner = LowRank(rank=RANK)
+        rows = list(rows)
+        fitted = any(isinstance(method, LowRank) for _, _, method in rows)
+        learner = LowRank(rank=RANK) if fitted else None
         cache = prefill(subject, ids, steps, learner)
         for name, budget, method in rows:
             if isinstance(method, LowRank):
