@@ -13,12 +13,12 @@ from measure import Run, row, time_gpu, time_interleaved, timed_peers
 HEADS, KV_HEADS, DIM, PAGE, BUDGET = 32, 8, 128, 16, 2048
 
 
-def _terabytes(elements: float, ms: float, size: int = 2) -> float:
+def terabytes(elements: float, ms: float, size: int = 2) -> float:
     """TB/s of what had to be read."""
     return round(size * elements / ms / 1e9, 3)
 
 
-def _cache(batch: int, length: int) -> tuple[torch.Tensor, ...]:
+def random_cache(batch: int, length: int) -> tuple[torch.Tensor, ...]:
     """q of one new row, K and V, contiguous."""
     shapes = ((HEADS, 1), (KV_HEADS, length), (KV_HEADS, length))
     return tuple(
@@ -61,7 +61,7 @@ def decode(choice) -> Iterator[dict]:
         name = f"decode B{batch} L{length}"
         if not choice.takes(name):
             continue
-        q, k, v = _cache(batch, length)
+        q, k, v = random_cache(batch, length)
         rivals = timed_peers(peers.decode(q, k, v))
         k_pages, v_pages, where = _pages(k, v)
         runs = {
@@ -70,7 +70,7 @@ def decode(choice) -> Iterator[dict]:
         }
         for case, run in runs.items():
             ms = time_gpu(run)
-            read = _terabytes(2 * k.numel(), ms)
+            read = terabytes(2 * k.numel(), ms)
             yield row("decode", case, "cuda", ms, rivals, shape=q.shape, tb_per_s=read)
 
 
@@ -80,7 +80,7 @@ def sparse_decode(choice) -> Iterator[dict]:
         name = f"decode B{batch} L131072"
         if not choice.takes(name):
             continue
-        q, k, v = _cache(batch, 131072)
+        q, k, v = random_cache(batch, 131072)
         dense_ms = time_gpu(graphed(lambda: attnsieve.decode(q, k, v)))
         k_pages, v_pages, where = _pages(k, v)
         for unit in (1, PAGE):
@@ -91,7 +91,7 @@ def sparse_decode(choice) -> Iterator[dict]:
             }
             for layout, run in runs.items():
                 ms = time_gpu(run)
-                read = _terabytes(2 * batch * KV_HEADS * BUDGET * DIM, ms)
+                read = terabytes(2 * batch * KV_HEADS * BUDGET * DIM, ms)
                 kind = "tokens" if unit == 1 else f"pages of {unit}"
                 yield row(
                     "decode",
@@ -129,7 +129,7 @@ def topk(choice) -> Iterator[dict]:
                 dtype=torch.float32,
                 density=BUDGET / length,
                 shape=scores.shape,
-                tb_per_s=_terabytes(scores.numel(), ms, 4),
+                tb_per_s=terabytes(scores.numel(), ms, 4),
                 times_random_ms=round(ms / normal, 3),
             )
 
@@ -140,7 +140,7 @@ def quest(choice) -> Iterator[dict]:
         name = f"quest B{batch} L131072 page16 k2048"
         if not choice.takes(name):
             continue
-        q, k, v = _cache(batch, 131072)
+        q, k, v = random_cache(batch, 131072)
         rivals = timed_peers(peers.decode(q, k, v))
         k_pages, v_pages, where = _pages(k, v)
         bounds = torch.stack([k_pages.amin(1), k_pages.amax(1)], 2)
@@ -171,7 +171,7 @@ def quest(choice) -> Iterator[dict]:
             score_ms,
             {},
             shape=bounds.shape,
-            tb_per_s=_terabytes(bounds.numel(), score_ms),
+            tb_per_s=terabytes(bounds.numel(), score_ms),
         )
         yield row(
             "topk_attention",

@@ -2,8 +2,8 @@
 
 Usage: python bench/compare.py SUITE [SUITE ...] [--out DIR] [--quick] [--only TEXT]
 Suites: dense, sparse, sparse-long, gqa, select, overhead, decode, sparse-decode, topk, quest,
-threshold, threshold-model (loads the demo's model), threshold-decode, estimate, sale (GPU);
-cpu, cpu-overhead, cpu-decode, cpu-sale (CPU).
+threshold, threshold-model (loads the demo's model), threshold-decode, estimate, sale,
+lowrank (GPU); cpu, cpu-overhead, cpu-decode, cpu-sale (CPU).
 
 Writes DIR/<suite>.json (default bench/results/<gpu or cpu>) after every case; with --only the other
 cases of that file stay as they were. Case names and lists are those of shared/peers.
@@ -26,6 +26,7 @@ import torch
 import attnsieve
 import cases_decode
 import cases_estimate
+import cases_lowrank
 import cases_threshold
 import peers
 import results
@@ -361,6 +362,7 @@ SUITES = {
     "threshold-decode": ("cuda", cases_threshold.threshold_decode),
     "estimate": ("cuda", cases_estimate.estimate),
     "sale": ("cuda", cases_estimate.sale),
+    "lowrank": ("cuda", cases_lowrank.lowrank),
     "cpu": ("cpu", cpu),
     "cpu-decode": ("cpu", cases_decode.cpu_decode),
     "cpu-sale": ("cpu", cases_estimate.cpu_sale),

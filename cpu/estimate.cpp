@@ -117,7 +117,9 @@ class BlockRows {
         batch_(batch),
         head_(head),
         first_block_(first_block),
-        num_blocks_(min64(blocks_together(problem), problem.num_q_blocks() - first_block)) {}
+        num_blocks_(min64(blocks_together(problem), problem.num_q_blocks() - first_block)),
+        key_scale_(problem.k.bits == 4 ? kNibbleScale : 1.0f),
+        key_factor_(1.0f / key_scale_) {}
 
   void run() {
     const int64_t begin = first_block_ * p_.block_q;
@@ -258,7 +260,7 @@ class BlockRows {
 
   float value_of(float dot, int row, const Cell& cell) const {
     const float factor = scratch_.row_factor[row] * cell.scale;
-    const float value = dot * factor;
+    const float value = dot * key_factor_ * factor;
     return value - scratch_.threshold[row];
   }
 
@@ -287,7 +289,7 @@ class BlockRows {
       }
       if (last == nullptr || place.block != last->block || place.scale != last->scale) {
         scratch_.cells.push_back(
-            {count, count, begin / p_.block_k + place.block, scales[place.scale]});
+            {count, count, begin / p_.block_k + place.block, scales[place.scale] * key_scale_});
       }
       scratch_.cells.back().end = ++count;
       last = &place;
@@ -313,6 +315,8 @@ class BlockRows {
   int64_t head_;
   int64_t first_block_;
   int64_t num_blocks_;
+  float key_scale_;  // codes of 4 bits count 1 / kNibbleScale times, their scales as much less
+  float key_factor_;
   int64_t block_of_[kColumns] = {};  // of the rows under way, from first_block_ on
   int rows_ = 0;
   int columns_ = 0;

@@ -150,6 +150,15 @@ void quantize_chunk(const QuantizeProblem& p, const Kernels& kernels, int64_t ba
     scales[i] = scale.scale;
   }
   int8_t codes[kMaxHeadDim];
+  if (p.smoothed.data != nullptr) {
+    const HeadTensor& to = p.smoothed;
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t offset = batch * to.stride_batch + head * to.stride_head +
+                             (rows.first + begin + row) * to.stride_row;
+      kernels.narrow(buffer + row * p.head_dim, p.dtype, p.head_dim,
+                     static_cast<char*>(to.data) + offset * element_size(p.dtype));
+    }
+  }
   for (int64_t row = 0; row < count; ++row) {
     const int64_t offset = batch * p.codes.stride_batch + head * p.codes.stride_head +
                            (rows.first + begin + row) * p.codes.stride_row;

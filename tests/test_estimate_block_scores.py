@@ -185,6 +185,18 @@ def test_numbers_that_are_not_finite_keep_their_blocks(device):
     assert torch.isnan(found[0]).all() and not torch.isnan(found[1]).any()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("power", [-40, -60, -64, -66])
+def test_numbers_that_underflow(device, bits, power):
+    """Products of scales that are denormal are still the same everywhere."""
+    rows, keys = (2.0**power * randn((1, 1, 96, 64), torch.float32, seed=s) for s in (1, 2))
+    q = attnsieve.quantize_blocks(rows.to(device), smooth=False)
+    k = attnsieve.quantize_blocks(keys.to(device), smooth=False, scale_rows=16, bits=bits)
+    found = attnsieve.estimate_block_scores(q, k, block_k=16)
+    assert_bitwise(found, reference.estimate_block_scores(q, k, block_k=16))
+    assert (found.abs() < 2.0 ** (2 * power + 8)).all() and found.any()
+
+
 def test_empty(device):
     none = one_head(device, torch.zeros(0, 64), torch.zeros(70, 64))
     assert none.shape == (0, 2)

@@ -47,16 +47,27 @@ def run(device, x, options):
     """On the device, its results as the oracle returns them."""
     there = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
     own = x.to(device).as_strided(x.shape, x.stride()) if x.is_contiguous() else x.to(device)
-    found = attnsieve.quantize_blocks(own, **there)
+    found = attnsieve.quantize_blocks(own, return_smoothed=options.get("smooth", True), **there)
     mean = None if found.mean is None else found.mean.cpu()
-    return found.unpacked().cpu(), found.scales.cpu(), mean
+    smoothed = None if found.smoothed is None else found.smoothed.cpu()
+    return found.unpacked().cpu(), found.scales.cpu(), mean, smoothed
+
+
+def smoothed_rows(x, mean, cu_seqlens=None):
+    """x less the mean of its sequence, rounded once."""
+    if cu_seqlens is None:
+        return (x.float() - mean[:, :, None]).to(x.dtype)
+    lengths = torch.tensor(cu_seqlens.tolist()).diff()
+    return (x.float() - mean.repeat_interleave(lengths, 0)).to(x.dtype)
 
 
 def check(device, x, options, what):
-    codes, scales, mean = run(device, x, options)
+    codes, scales, mean, smoothed = run(device, x, options)
     want_codes, want_scales, want_mean = reference.quantize_blocks(x, **options)
     if mean is not None:
         assert_bitwise(mean, want_mean, f"mean of {what}")
+        want = smoothed_rows(x, want_mean, options.get("cu_seqlens"))
+        assert_bitwise(smoothed, want, f"smoothed rows of {what}")
     assert_bitwise(scales, want_scales, f"scales of {what}")
     assert_bitwise(codes, want_codes, f"codes of {what}")
     return codes, scales
@@ -74,7 +85,7 @@ def test_equals_the_oracle(device, pick):
 def test_mean_over_three_levels_of_sums(device):
     """More rows than 128 x 128; a mean that float32 in another order would round differently."""
     x = randn((1, 1, 17000, 8), torch.float32) + 1000
-    codes, _, mean = run(device, x, dict(scale_rows=128))
+    codes, _, mean, _ = run(device, x, dict(scale_rows=128))
     _, _, want = reference.quantize_blocks(x, scale_rows=128)
     assert_bitwise(mean, want, "mean")
     exact = x.double().mean(2)
@@ -105,9 +116,9 @@ def test_scales_belong_to_their_rows(device, scale_rows):
     if mates is None:
         mates = set(range(row // scale_rows * scale_rows, (row // scale_rows + 1) * scale_rows))
     options = dict(scale_rows=scale_rows, smooth=False)
-    before, _, _ = run(device, x, options)
+    before, *_ = run(device, x, options)
     x[0, 0, row, 3] = 64.0
-    after, _, _ = run(device, x, options)
+    after, *_ = run(device, x, options)
     changed = set(torch.nonzero((before != after).any(-1)[0, 0]).flatten().tolist())
     assert changed == mates
     assert int(after[0, 0, row, 3]) == 127
@@ -189,6 +200,7 @@ MISTAKES = {
     "bits": ("bits", lambda x: dict(bits=5)),
     "block": ("scale_rows", lambda x: dict(scale_rows=3)),
     "fragment": ("scale_rows", lambda x: dict(scale_rows="rows")),
+    "smoothed": ("return_smoothed", lambda x: dict(smooth=False, return_smoothed=True)),
     "offsets": ("cu_seqlens", lambda x: dict(x=x[0], cu_seqlens=torch.zeros(2, device=x.device))),
 }
 

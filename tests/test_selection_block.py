@@ -74,6 +74,19 @@ def test_rules_match_the_definition(device, pick):
     index.validate(shape[-1])
 
 
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("columns", [1, 255, 256, 257, 512, 1000, 1025, 2048, 2049])
+def test_rows_of_any_width(device, columns, kind):
+    """Kernels keep the scores of a row in registers up to a width of their own."""
+    scores = block_scores((1, 2, 5, columns), kind, device)
+    for rule in (dict(topk=1), dict(topk=columns // 3 + 1), dict(fraction=0.9)):
+        for forced in (FORCED[0], FORCED[2]):
+            options = dict(causal=True, window=(columns * 48, 0), **rule, **forced)
+            index = attnsieve.select_from_scores(scores, 300, columns * 64, **options)
+            want = reference.select_from_scores(scores, 300, columns * 64, **options)
+            assert_same_index(index, want, (rule, forced))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", [0, 1])
 def test_topk_keeps_the_largest_scores(device, kind, causal):

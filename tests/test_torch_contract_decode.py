@@ -36,7 +36,8 @@ SCHEMAS = {
     "Tensor? block_table, Tensor? seq_lens, Tensor? cu_seqlens, Tensor? k_scale, Tensor? v_scale, "
     "Tensor(c!)? bounds, int bounds_page_size, Tensor? projection, Tensor(d!)? proxy) -> ()",
     "quantize_blocks": "attnsieve::quantize_blocks(Tensor x, Tensor? cu_seqlens, int bits, "
-    "int scale_rows, int block_rows, bool smooth) -> (Tensor codes, Tensor scales, Tensor mean)",
+    "int scale_rows, int block_rows, bool smooth, Tensor(a!)? smoothed=None) "
+    "-> (Tensor codes, Tensor scales, Tensor mean)",
 }
 
 
@@ -165,6 +166,7 @@ def quantize_samples():
     return {
         "rows": (x, None, 8, 0, 1, True),
         "blocks": (bshd, None, 8, 0, 64, False),
+        "smoothed rows": (bshd, None, 8, 0, 64, True, torch.empty_like(bshd)),
         "4 bits": (x.bfloat16(), None, 4, 1, 1, True),
         "packed": (x[0].transpose(0, 1), offsets, 8, 2, 1, True),
         "packed rows": (x[0].transpose(0, 1).contiguous(), offsets, 4, 0, 1, False),

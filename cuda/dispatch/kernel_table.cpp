@@ -1,6 +1,7 @@
 #include "cuda/dispatch/kernel_table.h"
 
 #include "cuda/dispatch/instantiations.h"
+#include "cuda/sm80/fetch_tokens/arguments.h"
 #include "cuda/sm80/quantize/arguments.h"
 
 namespace attnsieve::cuda {
@@ -87,6 +88,7 @@ std::vector<KernelEntry> kernel_table() {
   append(table, "proxy_scores sm_80 float16", sm80::proxy_scores_entries<__half>());
   append(table, "proxy_scores sm_80 bfloat16", sm80::proxy_scores_entries<__nv_bfloat16>());
   append(table, "append_kv sm_80", sm80::append_kv_entries());
+  append(table, "fetch_tokens sm_80", sm80::fetch_tokens_entries());
   append(table, "quantize_blocks sm_80", sm80::quantize_blocks_entries());
 #if ATTNSIEVE_HEAD_DIM_64
   append(table, "estimate_block_scores sm_80", sm80::estimate_block_scores_entries<64>());

@@ -77,6 +77,8 @@ inline const std::vector<Capability>& capabilities() {
   static const char* const kAppendFeatures =
       "contiguous, paged (any page_size), packed rows; float8_e4m3 cache; page bounds; projected "
       "keys";
+  static const char* const kFetchFeatures =
+      "rows of pinned host memory or of the device; tokens written again; counters";
   static const char* const kQuantizeFeatures =
       "8 and 4 bits; scales of rows, blocks, MMA fragments; smoothing; varlen";
   static const char* const kEstimateFeatures =
@@ -158,6 +160,18 @@ inline const std::vector<Capability>& capabilities() {
        {},
        256,
        kAppendFeatures},
+      {"fetch_tokens",
+       Backend::kCpu,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       kFetchFeatures},
+      {"fetch_tokens",
+       Backend::kSm80,
+       {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+       {},
+       256,
+       kFetchFeatures},
       {"merge_states",
        Backend::kCpu,
        {DType::kFloat32, DType::kFloat16, DType::kBFloat16},

@@ -77,6 +77,7 @@ struct QuantizeProblem {
   // [B, H, chunks * scales]; packed: [H, packed_chunks() * scales], unused ones 0
   float* scales = nullptr;
   float* mean = nullptr;      // [B, H, D] contiguous; nullptr: nothing is subtracted
+  HeadTensor smoothed;        // y in x's dtype, like x; data nullptr: not asked for
   void* workspace = nullptr;  // CUDA: quantize_workspace_bytes()
 
   ATTNSIEVE_HD int64_t total_rows() const {
@@ -101,6 +102,10 @@ ATTNSIEVE_HD KeyRange sequence_rows(const QuantizeProblem& problem, int64_t b) {
 
 inline constexpr int kMaxScaleRows = 128;  // of a chunk
 
+// What a 4-bit code in the upper half of a byte is multiplied with: exact, as scales are 0 or at least
+// kSmallestMagnitude / 7.
+inline constexpr float kNibbleScale = 0.0625f;
+
 // Codes and their scales, as quantize_blocks leaves them.
 struct CodedRows {
   HeadTensor codes;  // strides in bytes; [B, H, S, D], or packed [T, H, D]
@@ -118,28 +123,29 @@ enum class EstimateReduce : int32_t { kMax, kSum };
 // For q-block a and KV block b of a head, over the sampled rows i of a and the keys j of b that i
 // sees: the maximum of  dot(i, j) * ((q_scale(i) * softmax_scale) * k_scale(j)) - threshold(i),  or
 // the sum of exponentials of it. dot is of integers and exact, the rest float32 in the order written:
-// every backend finds the same bits of a maximum. Rows 0, row_stride ... of a sequence are sampled.
+// every backend finds the same bits of a maximum. Codes of k with 4 bits, as the upper halves of
+// bytes, stand for 16 times as much there, and k_scale for kNibbleScale as much. Rows 0, row_stride ... of a sequence are sampled.
 // Where no sampled row sees a key the maximum is -inf and the sum 0; where a scale of a visible pair
 // is NaN both are NaN, which is the greatest.
 // With key_pool n > 1 a row of k stands for n keys, and is seen where one of them is.
 struct EstimateProblem {
   CodedRows q, k;
   RowTensor threshold;  // [B, Hq, Sq], packed [Tq, Hq]; data nullptr: 0
-  Varlen varlen;        // packed sequences; not with key_pool
+  Varlen varlen;  // packed sequences; not with key_pool
   int64_t batch = 0;
   int64_t num_heads = 0;
   int64_t num_kv_heads = 1;
-  int64_t total_q = 0;   // packed: rows of q's codes
+  int64_t total_q = 0;  // packed: rows of q's codes
   int64_t total_k = 0;
   int64_t seqlen_q = 0;  // packed: of the longest sequence, for which there is room
   int64_t seqlen_k = 0;  // keys; k has num_keys() rows
   int64_t head_dim = 0;
   float softmax_scale = 0.0f;
   Mask mask;
-  int32_t block_q = 64;    // 64, 128
-  int32_t block_k = 64;    // rows of k: 16, 32, 64, 128
+  int32_t block_q = 64;  // 64, 128
+  int32_t block_k = 64;  // rows of k: 16, 32, 64, 128
   int32_t row_stride = 1;  // 1, 2, 4, 8
-  int32_t key_pool = 1;    // 1, 2, 4, 8
+  int32_t key_pool = 1;  // 1, 2, 4, 8
   EstimateReduce reduce = EstimateReduce::kMax;
   // One of them: [B, Hq, nQ, nK] contiguous; or of maxima a bit a block, set where the number is
   // above 0 or NaN: [B, Hq, nQ, ceil(nK / 32)], bit b % 32 of word b / 32.

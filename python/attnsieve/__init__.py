@@ -15,6 +15,7 @@ from attnsieve import _fake as _fake  # noqa: E402  (registers on the ops loaded
 from attnsieve.cache import CachedKV, PagedKVCache  # noqa: E402  (after the ops)
 from attnsieve.index import BlockIndex  # noqa: E402  (after the ops)
 from attnsieve.lowrank import LowRankFit, lowrank_fit, lowrank_step  # noqa: E402  (after the ops)
+from attnsieve.offload import WorkingSet, host_cache  # noqa: E402  (after the ops)
 from attnsieve.ops import (  # noqa: E402  (after the ops)
     block_sparse_attention,
     merge_states,
@@ -54,12 +55,14 @@ __all__ = [
     "PagedKVCache",
     "QuantizedBlocks",
     "TokenIndex",
+    "WorkingSet",
     "append_kv",
     "block_sparse_attention",
     "build_info",
     "capabilities",
     "decode",
     "estimate_block_scores",
+    "host_cache",
     "kernel_attributes",
     "low_rank_attention",
     "lowrank_fit",

@@ -246,7 +246,13 @@ def _select_threshold(
 
 @torch.library.register_fake("attnsieve::quantize_blocks")
 def _quantize_blocks(
-    x: Tensor, cu_seqlens: Tensor | None, bits: int, scale_rows: int, block_rows: int, smooth: bool
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    bits: int,
+    scale_rows: int,
+    block_rows: int,
+    smooth: bool,
+    smoothed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     packed = cu_seqlens is not None
     batch = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
@@ -261,6 +267,21 @@ def _quantize_blocks(
         x.new_empty(shape, dtype=torch.float32),
         x.new_empty((batch, heads, head_dim) if smooth else (0,), dtype=torch.float32),
     )
+
+
+@torch.library.register_fake("attnsieve::fetch_tokens")
+def _fetch_tokens(
+    indices: Tensor,
+    counts: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    k_slots: Tensor,
+    v_slots: Tensor,
+    first_new: Tensor | None,
+    moved: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(indices)
 
 
 @torch.library.register_fake("attnsieve::estimate_block_scores")

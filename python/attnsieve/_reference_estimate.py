@@ -73,6 +73,8 @@ def estimate_block_scores(
     rows, columns = -(-most_rows // block_q), -(-most_keys // block_k)
     scale = np.float32((head_dim or 1) ** -0.5 if softmax_scale is None else softmax_scale)
     found = np.full((len(of_q), heads, rows, columns), nothing, dtype)
+    # Keys of 4 bits are the upper halves of bytes: 16 times as much, their scales a sixteenth.
+    upper = np.int32(16 if k.bits == 4 else 1)
     for b, ((q_codes, q_scale, limits), (k_codes, k_scale, _)) in enumerate(
         zip(of_q, of_k, strict=True)
     ):
@@ -83,8 +85,10 @@ def estimate_block_scores(
         seen = seen.reshape(seqlen_q, pools, key_pool).any(2)
         seen = seen & (np.arange(seqlen_q) % row_stride == 0)[:, None]
         for h in range(heads):
-            products = (q_codes[h] @ k_codes[h // group].T).astype(np.float32)
-            factors = (q_scale[h] * scale)[:, None] * k_scale[h // group][None]
+            products = (q_codes[h] @ (k_codes[h // group] * upper).T).astype(np.float32)
+            factors = (q_scale[h] * scale)[:, None] * (k_scale[h // group] / np.float32(upper))[
+                None
+            ]
             values = products * factors
             if limits is not None:
                 values = values - limits[h][:, None]

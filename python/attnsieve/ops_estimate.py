@@ -153,15 +153,6 @@ def _lengths(
     return q.codes.shape[2], seqlen_k
 
 
-def _smooth_keys(k: Tensor, coded: QuantizedBlocks) -> Tensor:
-    """k less its mean, in k's dtype."""
-    if coded.cu_seqlens is None:
-        return (k - coded.mean.unsqueeze(2)).to(k.dtype)
-    tokens = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)
-    sequence = torch.bucketize(tokens, coded.cu_seqlens[1:-1], right=True)
-    return (k - coded.mean[sequence]).to(k.dtype)
-
-
 def _project(x: Tensor, projection: Tensor) -> Tensor:
     """Rows of head h times the matrix of its KV head; heads are dimension 1."""
     each = projection.repeat_interleave(x.shape[1] // projection.shape[0], 0).to(x.dtype)
@@ -234,8 +225,8 @@ def select_estimated(
     )
 
     coded = dict(bits=bits, scale_rows="key_quads", cu_seqlens=cu_seqlens_k)
-    coded_k = quantize_blocks(k, **coded)
-    smooth_k = _smooth_keys(k, coded_k)
+    coded_k = quantize_blocks(k, return_smoothed=True, **coded)
+    smooth_k = coded_k.smoothed
     estimated_q = q
     if projection is not None or key_pool != 1:
         estimated_k = smooth_k

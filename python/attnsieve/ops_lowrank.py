@@ -6,10 +6,13 @@ their own.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from attnsieve._arguments import require_tensor
+from attnsieve.offload import WorkingSet
 from attnsieve.ops_cache import proxy_scores
+from attnsieve.ops_decode import decode, select_topk
 from attnsieve.ops_topk import lists_of, topk_attention
 from attnsieve.token_index import TokenIndex
 
@@ -37,6 +40,7 @@ def low_rank_attention(
     v_scale: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
+    working_set: WorkingSet | None = None,
     validate: bool = False,
     return_index: bool = False,
     return_lse: bool = False,
@@ -62,6 +66,10 @@ def low_rank_attention(
             row.
         sink_tokens, recent_tokens: at least so many first and last keys of each row are kept,
             whatever their scores, inside k.
+        working_set: of a contiguous cache that lies in host memory (:func:`host_cache`): tokens
+            that are in no slot are fetched, and attention reads the slots. One new row, a list per
+            KV head, at least k slots, no codes. The newest token counts as written since the last
+            call. The result has the bits that it has without.
         block_table, seq_lens, sink, k_scale, v_scale, softmax_scale, causal, validate,
             return_index, return_lse: as in :func:`topk_attention`.
 
@@ -96,6 +104,8 @@ def low_rank_attention(
     if row_reduce is None and q.shape[2] == 1:
         row_reduce = "max"  # the row itself, and a list that serves later calls of any Sq
     num_kv_heads = k_cache.shape[proxy_heads]
+    if working_set is not None:
+        _check_fetched(q, block_table, num_lists, num_kv_heads, k_scale, v_scale)
     grouped = q.unflatten(1, (heads, -1)) @ projection.to(q.dtype).unsqueeze(-3)
     scores = proxy_scores(
         grouped.flatten(1, 2),
@@ -108,6 +118,21 @@ def low_rank_attention(
         num_out_heads=lists_of(num_lists, num_kv_heads, q.shape[1]),
         causal=causal,
     )
+    if working_set is not None:
+        return _attend_fetched(
+            q,
+            k_cache,
+            v_cache,
+            scores,
+            working_set,
+            k=k,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens,
+            seq_lens=seq_lens,
+            sink=sink,
+            softmax_scale=softmax_scale,
+            returned=(return_index, return_lse),
+        )
     return topk_attention(
         q,
         k_cache,
@@ -127,3 +152,50 @@ def low_rank_attention(
         return_index=return_index,
         return_lse=return_lse,
     )
+
+
+def _check_fetched(q, block_table, num_lists, num_kv_heads, k_scale, v_scale) -> None:
+    if q.shape[2] != 1:
+        raise NotImplementedError(f"working_set: one new row, got {q.shape[2]} of q")
+    if block_table is not None:
+        raise NotImplementedError("working_set: not with block_table")
+    if k_scale is not None or v_scale is not None:
+        raise NotImplementedError("working_set: not with codes")
+    if num_lists not in (None, num_kv_heads):
+        raise NotImplementedError(
+            f"working_set: num_lists: one per KV head ({num_kv_heads}), got {num_lists}"
+        )
+
+
+def _attend_fetched(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    scores: Tensor,
+    working_set: WorkingSet,
+    *,
+    k: int,
+    sink_tokens: int,
+    recent_tokens: int,
+    seq_lens: Tensor | None,
+    sink: Tensor | None,
+    softmax_scale: float | None,
+    returned: tuple[bool, bool],
+) -> Tensor | tuple[Tensor | TokenIndex, ...]:
+    """Attention of one new row over the slots of the tokens that score best."""
+    index = select_topk(scores, k, seq_lens=seq_lens, sink=sink_tokens, recent=recent_tokens)
+    lengths = seq_lens
+    if lengths is None:
+        lengths = q.new_full((q.shape[0],), k_cache.shape[2], dtype=torch.int32)
+    places = working_set.fetch(index, k_cache, v_cache, first_new=lengths - 1)
+    out, lse = decode(
+        q,
+        working_set.k,
+        working_set.v,
+        places,
+        sink=sink,
+        softmax_scale=softmax_scale,
+        return_lse=True,
+    )
+    results = (out,) + ((index,) if returned[0] else ()) + ((lse,) if returned[1] else ())
+    return results if len(results) > 1 else out

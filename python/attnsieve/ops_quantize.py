@@ -33,6 +33,7 @@ class QuantizedBlocks:
         bits: 8 or 4.
         scale_rows: which rows share a scale, as given to :func:`quantize_blocks`.
         cu_seqlens: int32 ``[B + 1]`` of packed sequences, or None.
+        smoothed: y itself, in x's dtype and shape, or None.
     """
 
     codes: Tensor
@@ -41,6 +42,7 @@ class QuantizedBlocks:
     bits: int
     scale_rows: int | str
     cu_seqlens: Tensor | None = None
+    smoothed: Tensor | None = None
 
     def unpacked(self) -> Tensor:
         """The codes as int8 ``[..., D]``."""
@@ -58,6 +60,7 @@ def quantize_blocks(
     scale_rows: int | str = 1,
     smooth: bool = True,
     cu_seqlens: Tensor | None = None,
+    return_smoothed: bool = False,
 ) -> QuantizedBlocks:
     """Symmetric integer codes of queries or keys, with the mean of the sequence taken away first.
 
@@ -82,6 +85,7 @@ def quantize_blocks(
         cu_seqlens: int32 ``[B + 1]``, ascending from 0 to T: packed sequences. The scales of
             sequence b, in chunks of c rows with g scales each (n rows and 1; 16 and 8; 32 and 4),
             begin at ``(cu_seqlens[b] // c + b) * g``; scales in between are 0.
+        return_smoothed: also x less its mean, from the same pass over x; needs ``smooth``.
 
     Returns:
         :class:`QuantizedBlocks`. Rows whose magnitude is below 2**-119 become zeros with scale 0;
@@ -104,7 +108,18 @@ def quantize_blocks(
         kind, block_rows = 0, scale_rows
         if block_rows not in (1, 2, 4, 8, 16, 32, 64, 128):
             raise ValueError(f"scale_rows: expected a power of two up to 128, got {scale_rows!r}")
+    if return_smoothed and not smooth:
+        raise ValueError("return_smoothed: nothing is taken away without smooth")
+    smoothed = torch.empty_like(x) if return_smoothed else None
     codes, scales, mean = call_op(
-        torch.ops.attnsieve.quantize_blocks.default, x, cu_seqlens, bits, kind, block_rows, smooth
+        torch.ops.attnsieve.quantize_blocks.default,
+        x,
+        cu_seqlens,
+        bits,
+        kind,
+        block_rows,
+        smooth,
+        smoothed,
     )
-    return QuantizedBlocks(codes, scales, mean if smooth else None, bits, scale_rows, cu_seqlens)
+    mean = mean if smooth else None
+    return QuantizedBlocks(codes, scales, mean, bits, scale_rows, cu_seqlens, smoothed)

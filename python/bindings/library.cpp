@@ -52,7 +52,11 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
       "-> (Tensor indices, Tensor counts, Tensor passed)");
   m.def(
       "quantize_blocks(Tensor x, Tensor? cu_seqlens, int bits, int scale_rows, int block_rows, "
-      "bool smooth) -> (Tensor codes, Tensor scales, Tensor mean)");
+      "bool smooth, Tensor(a!)? smoothed=None) -> (Tensor codes, Tensor scales, Tensor mean)");
+  m.def(
+      "fetch_tokens(Tensor indices, Tensor counts, Tensor k, Tensor v, Tensor(a!) slots, "
+      "Tensor(b!) k_slots, Tensor(c!) v_slots, Tensor? first_new, Tensor(d!)? moved) "
+      "-> Tensor positions");
   m.def(
       "estimate_block_scores(Tensor q_codes, Tensor q_scales, int q_scale_rows, int q_block_rows, "
       "Tensor k_codes, Tensor k_scales, int k_scale_rows, int k_block_rows, Tensor? threshold, "
@@ -73,6 +77,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnsieve, CPU, m) {
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
   m.impl("select_threshold", TORCH_BOX(&attnsieve::binding::select_threshold));
   m.impl("quantize_blocks", TORCH_BOX(&attnsieve::binding::quantize_blocks));
+  m.impl("fetch_tokens", TORCH_BOX(&attnsieve::binding::fetch_tokens));
   m.impl("estimate_block_scores", TORCH_BOX(&attnsieve::binding::estimate_block_scores));
 }
 
@@ -88,5 +93,6 @@ STABLE_TORCH_LIBRARY_IMPL(attnsieve, CUDA, m) {
   m.impl("select_topk", TORCH_BOX(&attnsieve::binding::select_topk));
   m.impl("select_threshold", TORCH_BOX(&attnsieve::binding::select_threshold));
   m.impl("quantize_blocks", TORCH_BOX(&attnsieve::binding::quantize_blocks));
+  m.impl("fetch_tokens", TORCH_BOX(&attnsieve::binding::fetch_tokens));
   m.impl("estimate_block_scores", TORCH_BOX(&attnsieve::binding::estimate_block_scores));
 }

@@ -1,4 +1,5 @@
 // Stands in for the CUDA backend in builds without nvcc.
+#include "attnsieve/fetch.h"
 #include "attnsieve/launch.h"
 #include "attnsieve/status.h"
 
@@ -28,5 +29,7 @@ void select_tokens(const TokenSelectProblem&, void*) { refuse(); }
 size_t quantize_workspace_bytes(const QuantizeProblem&) { refuse(); }
 void quantize_blocks(const QuantizeProblem&, void*) { refuse(); }
 void estimate_block_scores(const EstimateProblem&, void*) { refuse(); }
+size_t fetch_workspace_bytes(const FetchProblem&) { refuse(); }
+void fetch_tokens(const FetchProblem&, void*) { refuse(); }
 
 }  // namespace attnsieve::cuda

@@ -81,7 +81,12 @@ std::tuple<Tensor, Tensor, Tensor> select_threshold(
 std::tuple<Tensor, Tensor, Tensor> quantize_blocks(const Tensor& x,
                                                    const std::optional<Tensor>& cu_seqlens,
                                                    int64_t bits, int64_t scale_rows,
-                                                   int64_t block_rows, bool smooth);
+                                                   int64_t block_rows, bool smooth,
+                                                   const std::optional<Tensor>& smoothed);
+
+Tensor fetch_tokens(const Tensor& indices, const Tensor& counts, const Tensor& k, const Tensor& v,
+                    const Tensor& slots, const Tensor& k_slots, const Tensor& v_slots,
+                    const std::optional<Tensor>& first_new, const std::optional<Tensor>& moved);
 
 Tensor estimate_block_scores(const Tensor& q_codes, const Tensor& q_scales, int64_t q_scale_rows,
                              int64_t q_block_rows, const Tensor& k_codes, const Tensor& k_scales,

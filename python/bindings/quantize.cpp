@@ -8,7 +8,8 @@ namespace attnsieve::binding {
 std::tuple<Tensor, Tensor, Tensor> quantize_blocks(const Tensor& x,
                                                    const std::optional<Tensor>& cu_seqlens,
                                                    int64_t bits, int64_t scale_rows,
-                                                   int64_t block_rows, bool smooth) {
+                                                   int64_t block_rows, bool smooth,
+                                                   const std::optional<Tensor>& smoothed) {
   const bool packed = cu_seqlens.has_value();
   check_dim("x", x, packed ? 3 : 4,
             packed ? "[tokens, heads, head_dim]" : "[batch, heads, rows, head_dim]");
@@ -32,6 +33,15 @@ std::tuple<Tensor, Tensor, Tensor> quantize_blocks(const Tensor& x,
   require_supported("quantize_blocks", x.is_cuda() ? Backend::kSm80 : Backend::kCpu, problem.dtype,
                     problem.head_dim);
   check_quantize(problem);
+  if (smoothed.has_value()) {
+    check_dim("smoothed", *smoothed, static_cast<int64_t>(x.dim()), "like x");
+    for (int64_t dim = 0; dim < static_cast<int64_t>(x.dim()); ++dim)
+      check_size("smoothed", *smoothed, dim, x.size(dim), "as x");
+    check_dtype("smoothed", *smoothed, x.scalar_type());
+    check_same_device("smoothed", *smoothed, x);
+    check_aligned_rows("smoothed", *smoothed);
+    problem.smoothed = head_tensor(*smoothed, dims);
+  }
 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   if (bits == 4) sizes.back() /= 2;

@@ -30,6 +30,7 @@ class Estimator {
  public:
   using SharedStorage = typename Config::SharedStorage;
   static constexpr int32_t kUnseen = INT32_MIN;
+  static constexpr float kKeyScale = Config::kKeyBits == 4 ? kNibbleScale : 1.0f;
   static constexpr int kEighths = Config::kFragments * 2;  // of 8 rows, a row of a lane each
 
   __device__ Estimator(const EstimateProblem& p, SharedStorage& smem)
@@ -39,7 +40,7 @@ class Estimator {
         lane_(static_cast<int>(threadIdx.x) % kWarpThreads),
         block_rows_(p.block_q / p.row_stride),
         blocks_(Config::kRows / block_rows_),
-        shift_((p.q.bits == 4 ? 4 : 0) + (Config::kKeyBits == 4 ? 4 : 0)) {}
+        shift_(p.q.bits == 4 ? 4 : 0) {}
 
   __device__ void run(int64_t item) {
     const int64_t row_tiles = (p_.num_q_blocks() + blocks_ - 1) / blocks_;
@@ -173,7 +174,7 @@ class Estimator {
     const int64_t scale = int64_t{tile} * scales + threadIdx.x;
     if (static_cast<int>(threadIdx.x) < scales)
       smem_.scales[stage][threadIdx.x] =
-          scale < smem_.sequence.num_k_scales ? scales_[scale] : 0.0f;
+          scale < smem_.sequence.num_k_scales ? scales_[scale] * kKeyScale : 0.0f;
   }
 
   __device__ uint4 load_piece(int tile, int i) const {
@@ -379,7 +380,7 @@ class Estimator {
   int lane_;
   int block_rows_;  // sampled rows of a q-block
   int blocks_;  // q-blocks of the CTA
-  int shift_;  // of products, whose 4-bit codes are 16 times what they stand for
+  int shift_;  // of products, as codes of queries in upper halves of bytes count 16 times
   int64_t batch_ = 0;
   int64_t head_ = 0;
   int64_t first_block_ = 0;

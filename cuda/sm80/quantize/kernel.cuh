@@ -3,7 +3,8 @@
 //                 magnitude), scales = magnitude / largest (estimate.h).
 // Roles           sum_rows_kernel: a CTA adds kSumRows rows, lane i of kSumLanes rows i, i +
 //                 kSumLanes ...; a thread owns 8 columns. Launched once a level.
-//                 quantize_blocks_kernel: a CTA owns kQuantizeRows rows, reads them twice.
+//                 quantize_blocks_kernel: a CTA owns kQuantizeRows rows, reads them twice. Writes
+//                 y too, where asked for.
 // Shared memory   sums of the lanes; a magnitude and a factor for each scale of the tile.
 // Invariants      Every float32 operation is one of the CPU's, in its order; maxima have none.
 // Not handled     head_dim that is not a multiple of 8, or above 256.
@@ -18,6 +19,7 @@ inline constexpr int kThreadColumns = 8;
 inline constexpr int kMaxRowThreads = 256 / kThreadColumns;
 inline constexpr int kQuantizeRows = 128;  // of a CTA
 inline constexpr int kQuantizeThreads = 256;
+inline constexpr int kRowsInFlight = 4;  // of a thread
 
 // A chunk of `rows` rows, of those of its sequence.
 struct ChunkPlace {
@@ -172,7 +174,10 @@ class TileQuantizer {
     __syncthreads();
     store_scales();
     __syncthreads();
-    for_each_row([&](int row, const float (&y)[kThreadColumns]) { store_codes(row, y); });
+    for_each_row([&](int row, const float (&y)[kThreadColumns]) {
+      store_codes(row, y);
+      if (p_.smoothed.data != nullptr) store_smoothed(row, y);
+    });
   }
 
  private:
@@ -197,15 +202,24 @@ class TileQuantizer {
   __device__ void for_each_row(F&& f) const {
     const int rows_at_once = kQuantizeThreads / threads_of_row_;
     if (first_row_ >= rows_at_once) return;
-    for (int row = first_row_; row < count_; row += rows_at_once) {
-      float y[kThreadColumns];
-      load_columns(row_of<Element>(p_, place_, head_, place_.chunk * kQuantizeRows + row) + column_,
-                   y);
-      if (p_.mean != nullptr) {
+    const Element* from =
+        row_of<Element>(p_, place_, head_, place_.chunk * kQuantizeRows + first_row_) + column_;
+    const int64_t step = rows_at_once * p_.x.stride_row;
+    for (int first = first_row_; first < count_; first += kRowsInFlight * rows_at_once) {
+      float y[kRowsInFlight][kThreadColumns];
 #pragma unroll
-        for (int c = 0; c < kThreadColumns; ++c) y[c] = __fsub_rn(y[c], mean_[c]);
+      for (int i = 0; i < kRowsInFlight; ++i, from += step)
+        if (first + i * rows_at_once < count_) load_columns(from, y[i]);
+#pragma unroll
+      for (int i = 0; i < kRowsInFlight; ++i) {
+        const int row = first + i * rows_at_once;
+        if (row >= count_) break;
+        if (p_.mean != nullptr) {
+#pragma unroll
+          for (int c = 0; c < kThreadColumns; ++c) y[i][c] = __fsub_rn(y[i][c], mean_[c]);
+        }
+        f(row, y[i]);
       }
-      f(row, y);
     }
   }
 
@@ -251,6 +265,20 @@ class TileQuantizer {
       *reinterpret_cast<uint2*>(out + column_ / 32 * 16 + column_ % 32) = {codes.x << 4 | low_x,
                                                                            codes.y << 4 | low_y};
     }
+  }
+
+  __device__ void store_smoothed(int row, const float (&y)[kThreadColumns]) const {
+    alignas(16) Element elements[kThreadColumns];
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; ++c) elements[c] = from_float<Element>(y[c]);
+    auto* const to = reinterpret_cast<uint4*>(
+        static_cast<Element*>(p_.smoothed.data) + place_.batch * p_.smoothed.stride_batch +
+        head_ * p_.smoothed.stride_head +
+        (place_.sequence.begin + place_.chunk * kQuantizeRows + row) * p_.smoothed.stride_row +
+        column_);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof elements / sizeof(uint4)); ++i)
+      to[i] = reinterpret_cast<const uint4*>(elements)[i];
   }
 
   const QuantizeProblem& p_;

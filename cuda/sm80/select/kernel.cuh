@@ -9,10 +9,8 @@
 // Not handled     Scores of other dtypes than float32.
 #pragma once
 
-#include "attnsieve/problem.h"
-#include "attnsieve/visibility.h"
-#include "cuda/common/numeric.cuh"
 #include "cuda/common/score_order.cuh"
+#include "cuda/sm80/select/row.cuh"
 
 namespace attnsieve::sm80 {
 
@@ -46,36 +44,14 @@ class RowSelector {
   };
 
   __device__ RowSelector(const SelectProblem& p, int64_t row_of_all, SharedStorage& smem)
-      : p_(p), smem_(smem) {
-    const int64_t num_q_blocks = (p.seqlen_q + p.block_q - 1) / p.block_q;
-    const int64_t row = row_of_all % num_q_blocks;
-    const int64_t head = row_of_all / num_q_blocks % p.num_heads;
-    const int64_t batch = row_of_all / num_q_blocks / p.num_heads;
-    scores_ = p.scores + batch * p.scores_stride_batch + head * p.scores_stride_head +
-              row * p.scores_stride_row;
-    counts_ = p.counts + row_of_all;
-    columns_ = p.columns + row_of_all * p.capacity;
-
-    const KeyRange keys = visible_keys(
-        p.mask, row * p.block_q, min64((row + 1) * p.block_q, p.seqlen_q), p.seqlen_q, p.seqlen_k);
-    if (keys.begin < keys.end) {
-      begin_ = static_cast<int>(keys.begin / p.block_k);
-      end_ = static_cast<int>((keys.end + p.block_k - 1) / p.block_k);
-    }
-    const KeyRange diagonal = diagonal_blocks(row, p.block_q, p.block_k, p.seqlen_q, p.seqlen_k);
-    if (diagonal.begin < diagonal.end) {
-      local_begin_ = static_cast<int>(max64(0, diagonal.begin - p.local_blocks));
-      local_end_ = static_cast<int>(p.force_diagonal ? diagonal.end : diagonal.begin);
-    }
-  }
+      : p_(p), smem_(smem), row_(p, row_of_all) {}
 
   __device__ void run() {
-    const int visible = end_ - begin_;
     int forced = 0;
     for_each([&](int, bool is_forced, uint32_t) { forced += is_forced; });
     forced = block_sum(forced);
 
-    Target target = {budget(visible, forced) - forced, 0};
+    Target target = {row_.budget(p_, forced) - forced, 0};
     if (p_.rule == SelectRule::kTopP) target.mass = mass_target();
     uint32_t threshold = 0xffffffffu;
     int ties = 0;
@@ -84,27 +60,12 @@ class RowSelector {
   }
 
  private:
-  __device__ bool is_forced(int column) const {
-    return column < p_.sink_blocks || (column >= local_begin_ && column < local_end_);
-  }
-
   // f(column, forced, key) over this thread's visible columns.
   template <class F>
   __device__ void for_each(F&& f) const {
-    for (int column = begin_ + threadIdx.x; column < end_; column += blockDim.x) {
-      f(column, is_forced(column), score_order(scores_[column]));
+    for (int column = row_.begin() + threadIdx.x; column < row_.end(); column += blockDim.x) {
+      f(column, row_.is_forced(column), score_order(row_.score(column)));
     }
-  }
-
-  __device__ int budget(int visible, int forced) const {
-    int blocks = p_.topk;
-    if (p_.rule == SelectRule::kFraction) {
-      blocks =
-          max(p_.min_blocks, static_cast<int>(ceil(p_.fraction * static_cast<double>(visible))));
-    } else if (p_.rule == SelectRule::kTopP) {
-      blocks = p_.min_blocks;
-    }
-    return max(min(blocks, visible), forced);
   }
 
   // Softmax weight of a score in fixed point. An infinite maximum leaves mass only to the infinite
@@ -139,7 +100,7 @@ class RowSelector {
     unsigned long long total = 0;
     unsigned long long forced = 0;
     for_each([&](int column, bool is_forced, uint32_t) {
-      const unsigned long long mass = mass_of(scores_[column]);
+      const unsigned long long mass = mass_of(row_.score(column));
       total += mass;
       if (is_forced) forced += mass;
     });
@@ -170,7 +131,7 @@ class RowSelector {
         if (is_forced || !in_prefix) return;
         const int bin = static_cast<int>(key >> shift) & (kBins - 1);
         atomicAdd(&smem_.counts[bin], 1);
-        if (masses) atomicAdd(&smem_.masses[bin], mass_of(scores_[column]));
+        if (masses) atomicAdd(&smem_.masses[bin], mass_of(row_.score(column)));
       });
       __syncthreads();
       if (threadIdx.x < kWarpThreads) choose_bin(target, count, mass);
@@ -239,13 +200,13 @@ class RowSelector {
   __device__ void write(uint32_t threshold, int ties) {
     int written = 0;
     int ties_seen = 0;
-    for (int base = begin_; base < end_; base += blockDim.x) {
+    for (int base = row_.begin(); base < row_.end(); base += blockDim.x) {
       const int column = base + static_cast<int>(threadIdx.x);
       bool keep = false;
       bool tie = false;
-      if (column < end_) {
-        const uint32_t key = score_order(scores_[column]);
-        keep = is_forced(column) || key > threshold;
+      if (column < row_.end()) {
+        const uint32_t key = score_order(row_.score(column));
+        keep = row_.is_forced(column) || key > threshold;
         tie = !keep && key == threshold;
       }
       int tie_total;
@@ -253,13 +214,11 @@ class RowSelector {
       keep |= tie && tie_rank < ties;
       int keep_total;
       const int position = written + block_rank(keep, 1, &keep_total);
-      if (keep && position < p_.capacity) columns_[position] = column;
+      if (keep) row_.put(position, column);
       ties_seen += tie_total;
       written += keep_total;
     }
-    for (int slot = written + static_cast<int>(threadIdx.x); slot < p_.capacity; slot += blockDim.x)
-      columns_[slot] = -1;
-    if (threadIdx.x == 0) *counts_ = min(written, p_.capacity);
+    row_.finish(written, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
   }
 
   // Number of threads before this one with the flag set; `total` over the CTA. Two buffers let
@@ -293,13 +252,7 @@ class RowSelector {
 
   const SelectProblem& p_;
   SharedStorage& smem_;
-  const float* scores_;
-  int32_t* counts_;
-  int32_t* columns_;
-  int begin_ = 0;
-  int end_ = 0;
-  int local_begin_ = 0;
-  int local_end_ = 0;
+  SelectRow row_;
 };
 
 __global__ void __launch_bounds__(256)

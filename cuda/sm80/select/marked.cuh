@@ -5,9 +5,7 @@
 // Invariants      What a row keeps is known from its bits alone; nothing is ranked.
 #pragma once
 
-#include "attnsieve/problem.h"
-#include "attnsieve/visibility.h"
-#include "cuda/common/numeric.cuh"
+#include "cuda/sm80/select/row.cuh"
 
 namespace attnsieve::sm80 {
 
@@ -80,7 +78,7 @@ __global__ void __launch_bounds__(kMarkedWarps* kWarpThreads)
     seen += __shfl_sync(0xffffffffu, through, kWarpThreads - 1);
   }
   const int written = total - surplus;
-  for (int slot = written + lane; slot < p.capacity; slot += kWarpThreads) columns[slot] = -1;
+  fill_list(columns, written, p.capacity, lane, kWarpThreads);
   if (lane == 0) p.counts[flat] = written;
 }
 

@@ -78,7 +78,10 @@ struct EstimateConfig {
     EstimateWalk walk;
     EstimateWalk own[kWarpgroups];
     float4 rows[kWarps][kFragments][8];  // factor and threshold of a row and of that eight behind
-    alignas(16) int32_t best[kWarps][kBlocks][kStoreStages * kStageUnits];
+    union {  // of the stages stored together: maxima of units, or marks of a tile's units
+      alignas(16) int32_t best[kWarps][kBlocks][kStoreStages * kStageUnits];
+      uint32_t marks[kWarps][kBlocks][kStoreStages * kStageTiles];
+    };
     uint32_t words[kWarps][kBlocks];  // bits of each q-block, under way
     TransactionBarrier full[kStages];
     TransactionBarrier empty[kStages];

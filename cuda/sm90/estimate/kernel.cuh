@@ -19,7 +19,7 @@
 namespace attnsieve::sm90 {
 
 // A stage whose keys all rows see. `unit`: its first of those stored together.
-template <class Config>
+template <bool kBits, class Config>
 __device__ __forceinline__ void score(EstimateWarp<Config>& rows, int slot, int unit) {
   typename EstimateWarp<Config>::Products products;
 #pragma unroll
@@ -31,19 +31,19 @@ __device__ __forceinline__ void score(EstimateWarp<Config>& rows, int slot, int 
     rows.load_numbers(fragment);
     warpgroup_wait<0>();
     warpgroup_fence_operand(products);
-    rows.template reduce<false>(products, fragment, unit + tile * Config::kTileUnits);
+    rows.template reduce<false, kBits>(products, fragment, unit, tile);
   }
 }
 
 // Any stage: tiles that some of the warpgroup's rows see.
-template <class Config>
+template <bool kBits, class Config>
 __device__ __forceinline__ void score_masked(EstimateWarp<Config>& rows, const EstimateWalk& own,
                                              int slot, int first_key, int unit) {
 #pragma unroll 1
   for (int tile = 0; tile < Config::kStageTiles; ++tile) {
     const int key = __shfl_sync(0xffffffffu, first_key + tile * Config::kTileKeys, 0);
     if (key >= own.end_key || key + Config::kTileKeys <= own.begin_key) {
-      rows.skip(unit + tile * Config::kTileUnits);
+      rows.template skip<kBits>(unit, tile);
       continue;
     }
     rows.load_scales(tile, slot);
@@ -55,7 +55,7 @@ __device__ __forceinline__ void score_masked(EstimateWarp<Config>& rows, const E
       warpgroup_wait<0>();
       warpgroup_fence_operand(products);
       rows.hide(products, fragment, key);
-      rows.template reduce<true>(products, fragment, unit + tile * Config::kTileUnits);
+      rows.template reduce<true, kBits>(products, fragment, unit, tile);
     }
   }
 }
@@ -79,6 +79,33 @@ __device__ EstimateWalk walk_of(const EstimateProblem& p, const EstimateSequence
   walk.all_begin = static_cast<int>(last.begin);
   walk.all_end = static_cast<int>(estimated_keys(p, sequence, row_begin, row_begin + 1).end);
   return walk;
+}
+
+// The keys that a warpgroup's rows see. kBits: of each unit only whether it has a place among the
+// results, not its maximum.
+template <bool kBits, class Config>
+__device__ __forceinline__ void score_stages(EstimateWarp<Config>& rows,
+                                             typename Config::SharedStorage& smem, int warpgroup) {
+#pragma unroll 1
+  for (int stage = smem.walk.begin; stage < smem.walk.end; ++stage) {
+    const int first = stage * Config::kStageKeys;
+    const int n = __shfl_sync(0xffffffffu, stage - smem.walk.begin, 0);  // uniform, and known to be
+    const int slot = slot_of<Config>(n);
+    smem.full[slot].wait(phase_of<Config>(n));
+    const EstimateWalk& own = smem.own[warpgroup];
+    const int unit = stage % Config::kStoreStages * Config::kStageUnits;
+    if (first >= own.all_begin && first + Config::kStageKeys <= own.all_end) {
+      score<kBits>(rows, slot, unit);
+    } else {
+      score_masked<kBits>(rows, own, slot, first, unit);
+    }
+    if (threadIdx.x % 128 == 0) smem.empty[slot].arrive();
+    const int next = stage + 1;
+    if (next % Config::kStoreStages == 0 || next == smem.walk.end) {
+      rows.template store<kBits>(max(smem.walk.begin, stage & -Config::kStoreStages), next);
+    }
+  }
+  rows.template finish<kBits>(smem.walk.begin, smem.walk.end);
 }
 
 template <class Config>
@@ -134,26 +161,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int head = kv_head * group + set % group;
   rows.place(batch, head, set / group);
   rows.load_rows(head);
-#pragma unroll 1
-  for (int stage = smem.walk.begin; stage < smem.walk.end; ++stage) {
-    const int first = stage * Config::kStageKeys;
-    const int n = __shfl_sync(0xffffffffu, stage - smem.walk.begin, 0);  // uniform, and known to be
-    const int slot = slot_of<Config>(n);
-    smem.full[slot].wait(phase_of<Config>(n));
-    const EstimateWalk& own = smem.own[warpgroup];
-    const int unit = stage % Config::kStoreStages * Config::kStageUnits;
-    if (first >= own.all_begin && first + Config::kStageKeys <= own.all_end) {
-      score(rows, slot, unit);
-    } else {
-      score_masked(rows, own, slot, first, unit);
-    }
-    if (threadIdx.x % 128 == 0) smem.empty[slot].arrive();
-    const int next = stage + 1;
-    if (next % Config::kStoreStages == 0 || next == smem.walk.end) {
-      rows.store(max(smem.walk.begin, stage & -Config::kStoreStages), next);
-    }
+  if (p.bits != nullptr) {
+    score_stages<true>(rows, smem, warpgroup);
+  } else {
+    score_stages<false>(rows, smem, warpgroup);
   }
-  rows.finish(smem.walk.begin, smem.walk.end);
 }
 
 }  // namespace attnsieve::sm90

@@ -17,12 +17,13 @@ __device__ __forceinline__ void load_scales(const CodedRows& k, const EstimateSe
                                             float* to) {
   constexpr int kUnits = Config::kTileUnits;
   const float* from = sequence.k_scales + kv_head * k.num_scales;
+  const float factor = k.bits == 4 ? kNibbleScale : 1.0f;
   for (int i = thread; i < Config::kStageTiles * 4 * kUnits; i += threads) {
     const int key = stage * Config::kStageKeys + i / (4 * kUnits) * Config::kTileKeys +
                     i % kUnits * Config::kUnitKeys;
     const int at = k.scale_rows == ScaleRows::kKeyQuads ? key / 32 * 4 + i / kUnits % 4
                                                         : key >> (__ffs(k.block_rows) - 1);
-    to[i] = at < sequence.num_k_scales ? from[at] : 0.0f;
+    to[i] = at < sequence.num_k_scales ? from[at] * factor : 0.0f;
   }
 }
 
@@ -98,11 +99,11 @@ __device__ void widen_keys(const EstimateArguments& a, typename Config::SharedSt
       for (int step = 0; step < Config::kSteps; ++step) {
         const uint4& x = c[step];
         *reinterpret_cast<uint4*>(&keys(row, step * 32, to)) = {
-            sm80::signed_codes(x.x >> 4), sm80::signed_codes(x.y >> 4),
-            sm80::signed_codes(x.z >> 4), sm80::signed_codes(x.w >> 4)};
+            sm80::upper_codes(x.x), sm80::upper_codes(x.y), sm80::upper_codes(x.z),
+            sm80::upper_codes(x.w)};
         *reinterpret_cast<uint4*>(&keys(row, step * 32 + 16, to)) = {
-            sm80::signed_codes(x.x), sm80::signed_codes(x.y), sm80::signed_codes(x.z),
-            sm80::signed_codes(x.w)};
+            sm80::lower_codes(x.x), sm80::lower_codes(x.y), sm80::lower_codes(x.z),
+            sm80::lower_codes(x.w)};
       }
     }
     load_scales<Config>(k, smem.sequence, kv_head, stage, thread, 128, &smem.scales[slot][0][0][0]);

@@ -124,9 +124,10 @@ class EstimateWarp {
   }
 
   // Takes the products of a fragment with a tile of keys, after load_scales() and load_numbers().
-  // `unit`: the tile's first, of those stored together.
-  template <bool kMasked>
-  __device__ __forceinline__ void reduce(const Products& products, int fragment, int unit) {
+  // `unit`: the stage's first, of those stored together.
+  template <bool kMasked, bool kBits>
+  __device__ __forceinline__ void reduce(const Products& products, int fragment, int unit,
+                                         int tile) {
     constexpr int kUnits = Config::kTileUnits;
     const bool first = fragment * 16 % Config::kBlockRows == 0;
     const bool last = (fragment + 1) * 16 % Config::kBlockRows == 0;
@@ -144,80 +145,97 @@ class EstimateWarp {
       }
     }
     const int block = fragment * 16 / Config::kBlockRows;
+    const auto keep = [&](const float (&best)[kUnits], int of_block, bool is_first) {
+      if constexpr (kBits) {
+        store_marks(best, of_block, unit / kUnits + tile, is_first);
+      } else {
+        store_maxima(best, of_block, unit + tile * kUnits, is_first);
+      }
+    };
     if constexpr (Config::kBlockRows == 8) {
-      keep(best_, block, unit, true);
-      keep(below, block + 1, unit, true);
+      keep(best_, block, true);
+      keep(below, block + 1, true);
     } else if constexpr (kMasked) {
-      keep(best_, block, unit, first);  // at once: masked products need many registers
+      keep(best_, block, first);  // at once: masked products need many registers
     } else if (last) {
-      keep(best_, block, unit, true);
+      keep(best_, block, true);
     }
   }
 
   // A tile of whose keys no row sees any.
-  __device__ void skip(int unit) {
-    for (int i = lane_; i < Config::kBlocks * Config::kTileUnits; i += kWarpThreads) {
-      smem_.best[warp_][i / Config::kTileUnits][unit + i % Config::kTileUnits] =
-          sm80::float_order(negative_infinity());
+  template <bool kBits>
+  __device__ void skip(int unit, int tile) {
+    constexpr int kUnits = kBits ? 1 : Config::kTileUnits;
+    for (int i = lane_; i < Config::kBlocks * kUnits; i += kWarpThreads) {
+      if constexpr (kBits) {
+        smem_.marks[warp_][i][unit / Config::kTileUnits + tile] = 0;
+      } else {
+        smem_.best[warp_][i / kUnits][unit + tile * kUnits + i % kUnits] =
+            sm80::float_order(negative_infinity());
+      }
     }
   }
 
-  // Writes the maxima of blocks of the stages [begin, end), of kStoreStages that are stored
-  // together: a lane has a KV block. Bits: words that are complete.
+  // Writes the results of the stages [begin, end), of kStoreStages that are stored together: a lane
+  // has a KV block. Bits: words that are complete.
+  template <bool kBits>
   __device__ void store(int begin, int end) {
     __syncwarp();
     const EstimatePlace& place = smem_.places[warp_];
     const int shift = place.stage_shift;
-    const int group = begin & -Config::kStoreStages;
-    const int first = group << shift;
+    const int first = (begin & -Config::kStoreStages) << shift;
     const int columns = min(place.columns, end << shift);
 #pragma unroll 1
     for (int block = 0; block < place.num_blocks; ++block) {
 #pragma unroll 1
       for (int some = first & -32; some < columns; some += kWarpThreads) {
         const int column = some + lane_;
-        int32_t best = sm80::float_order(negative_infinity());
         const bool exists = column >= (begin << shift) && column < columns;
-        if (exists) {
-          const int32_t* from = &smem_.best[warp_][block][(column - first) * place.block_units];
-          for (int u = 0; u < place.block_units; ++u) best = max(best, from[u]);
+        const int unit = (column - first) * place.block_units;
+        if constexpr (kBits) {
+          bool marked = false;
+          for (int u = unit; exists && u < unit + place.block_units; u += Config::kTileUnits) {
+            const uint32_t own =
+                smem_.marks[warp_][block][u / Config::kTileUnits] >> u % Config::kTileUnits;
+            marked |= (own & ((1u << place.block_units) - 1)) != 0;
+          }
+          const uint32_t votes = __ballot_sync(0xffffffffu, marked);
+          if (lane_ != 0) continue;
+          uint32_t& word = smem_.words[warp_][block];
+          word |= votes;
+          if (some + 32 > end << shift) continue;
+          place.bits[block * ((place.columns + 31) / 32) + some / 32] = word;
+          word = 0;
+        } else if (exists) {
+          const int32_t* from = &smem_.best[warp_][block][unit];
+          int32_t best = from[0];
+          for (int u = 1; u < place.block_units; ++u) best = max(best, from[u]);
+          place.scores[int64_t{block} * place.columns + column] = sm80::from_order(best);
         }
-        if (place.scores != nullptr) {
-          if (exists)
-            place.scores[int64_t{block} * place.columns + column] = sm80::from_order(best);
-          continue;
-        }
-        const uint32_t votes =
-            __ballot_sync(0xffffffffu, exists && !(sm80::from_order(best) <= 0.0f));
-        if (lane_ != 0) continue;
-        uint32_t& word = smem_.words[warp_][block];
-        word |= votes;
-        if (some + 32 > end << shift) continue;
-        place.bits[block * ((place.columns + 31) / 32) + some / 32] = word;
-        word = 0;
       }
     }
     __syncwarp();
   }
 
   // Writes what store() did not, after the stages [begin, end).
+  template <bool kBits>
   __device__ void finish(int begin, int end) const {
     const EstimatePlace& place = smem_.places[warp_];
     begin <<= place.stage_shift;
     end <<= place.stage_shift;
 #pragma unroll 1
     for (int64_t block = 0; block < place.num_blocks; ++block) {
-      if (place.scores != nullptr) {
+      if constexpr (kBits) {
+        const int words = (place.columns + 31) / 32;
+        for (int i = lane_; i < words; i += kWarpThreads) {
+          if (i >= begin / 32 && i < end / 32) continue;
+          const bool begun = i == end / 32 && begin < end;
+          place.bits[block * words + i] = begun ? smem_.words[warp_][block] : 0;
+        }
+      } else {
         for (int i = lane_; i < place.columns; i += kWarpThreads) {
           if (i < begin || i >= end) place.scores[block * place.columns + i] = negative_infinity();
         }
-        continue;
-      }
-      const int words = (place.columns + 31) / 32;
-      for (int i = lane_; i < words; i += kWarpThreads) {
-        if (i >= begin / 32 && i < end / 32) continue;
-        const bool begun = i == end / 32 && begin < end;
-        place.bits[block * words + i] = begun ? smem_.words[warp_][block] : 0;
       }
     }
   }
@@ -232,9 +250,22 @@ class EstimateWarp {
            m % Config::kBlockRows * p_.row_stride;
   }
 
+  // The marks of a q-block's units in a tile, where some lane has a number above 0, or NaN; of its
+  // first rows or of more.
+  __device__ __forceinline__ void store_marks(const float (&best)[Config::kTileUnits], int block,
+                                              int tile, bool first) {
+    uint32_t marks = 0;
+#pragma unroll
+    for (int u = 0; u < Config::kTileUnits; ++u)
+      marks |= __any_sync(0xffffffffu, !(best[u] <= 0.0f)) ? 1u << u : 0u;
+    if (lane_ != 0) return;
+    uint32_t& to = smem_.marks[warp_][block][tile];
+    to = first ? marks : to | marks;
+  }
+
   // The maxima of a q-block's units in a tile, over the warp's lanes; of its first rows or of more.
-  __device__ __forceinline__ void keep(const float (&best)[Config::kTileUnits], int block, int unit,
-                                       bool first) {
+  __device__ __forceinline__ void store_maxima(const float (&best)[Config::kTileUnits], int block,
+                                               int unit, bool first) {
     int32_t maxima[Config::kTileUnits];
 #pragma unroll
     for (int u = 0; u < Config::kTileUnits; ++u)
