@@ -70,6 +70,47 @@ def lowrank(q, k, to_q, to_k, budget, recent):
     return kept
 
 
+def pair_dims(pair, head_dim, interleaved):
+    return (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + head_dim // 2)
+
+
+def pair_logits(q, k, pair, interleaved):
+    """[Hq, T]: what one pair of dims adds to the logits."""
+    dims = list(pair_dims(pair, q.shape[1], interleaved))
+    return logits(q[:, dims], k[:, :, dims])
+
+
+def fasa_hits(q, k, topk, rows, interleaved=False):
+    """([Hq, D/2], of how many) of rows q [Hq, S, D] over k [Hkv, T, D], the last ``rows`` of S."""
+    num_heads, count, head_dim = q.shape
+    length, rows = k.shape[1], min(rows, count)
+    topk = max(1, min(topk, (length - rows + 1) // 4))
+    hits = torch.zeros(num_heads, head_dim // 2, dtype=torch.int64)
+    for i in range(count - rows, count):
+        seen = k[:, : length - count + i + 1]
+        whole = [best(row, topk) for row in logits(q[:, i], seen)]
+        for pair in range(head_dim // 2):
+            for h, row in enumerate(pair_logits(q[:, i], seen, pair, interleaved)):
+                hits[h, pair] += len(whole[h] & best(row, topk))
+    return hits, topk * rows
+
+
+def fasa(q, k, pairs, budget, recent, interleaved=False):
+    """One list per KV head; ``pairs`` are lists, of Hkv or of Hq heads."""
+    length, group, kept = k.shape[1], q.shape[0] // k.shape[0], []
+    scores = []
+    for h in range(q.shape[0]):
+        own = pairs[h * len(pairs) // q.shape[0]]
+        parts = [pair_logits(q, k, pair, interleaved)[h] for pair in own]
+        scores.append(torch.stack(parts).sum(0))
+    newest = set(range(length - recent, length))
+    for h in range(q.shape[0]):
+        votes = torch.stack(scores[h // group * group :][:group]).amax(0)
+        votes[length - recent :] = -torch.inf
+        kept.append(newest | best(votes, budget - recent))
+    return kept
+
+
 def tokenselect(q, k, budget, init, local, scale):
     length = k.shape[1]
     middle = range(min(init, length), max(length - local, init))

@@ -12,6 +12,7 @@ from attnsieve.methods.base import BlockMethod, Dense, Method
 from attnsieve.methods.decode import MAX_DECODE_ROWS, DecodeMethod, DenseDecode
 from attnsieve.methods.delta import Delta
 from attnsieve.methods.dsa import DSA
+from attnsieve.methods.fasa import FASA
 from attnsieve.methods.lowrank import LowRank
 from attnsieve.methods.oracle import OracleTopK, block_mass
 from attnsieve.methods.pooled import PooledTopK, PooledTopP
@@ -26,6 +27,7 @@ from attnsieve.methods.xattention import XAttention, antidiagonal_mass
 
 __all__ = [
     "DSA",
+    "FASA",
     "MAX_DECODE_ROWS",
     "BlockMethod",
     "DecodeMethod",
