@@ -111,6 +111,71 @@ def fasa(q, k, pairs, budget, recent, interleaved=False):
     return kept
 
 
+def importance(q, k, labels, among=None):
+    """[Hq, C] of the clusters ``labels [Hkv, n]`` of k [Hkv, n, D]; 0 outside of ``among``.
+
+    What a softmax over k gives to each member of a cluster, were all its members their mean.
+    """
+    group, count = q.shape[0] // k.shape[0], int(labels.max()) + 1
+    weights = torch.zeros(q.shape[0], count, dtype=torch.float64)
+    for h in range(q.shape[0]):
+        members = [k[h // group][labels[h // group] == c] for c in range(count)]
+        for c, keys in enumerate(members):
+            if len(keys) and (among is None or bool(among[h, c])):
+                weights[h, c] = torch.exp(q[h] @ keys.mean(0) / 8)
+        total = sum(len(keys) * w for keys, w in zip(members, weights[h], strict=True))
+        weights[h] /= total if total > 0 else 1.0
+    return weights
+
+
+def of_lists(values, num_lists):
+    """[lists, ...]: the largest over the query heads of a list."""
+    return values.unflatten(0, (num_lists, -1)).amax(1)
+
+
+def of_keys(values, labels):
+    """[lists, n] of [lists, C] and the clusters ``labels [Hkv, n]`` of the keys."""
+    group = values.shape[0] // labels.shape[0]
+    return torch.stack([x[labels[g // group]] for g, x in enumerate(values)])
+
+
+def quantile(values, share):
+    """The value that the share of the others is not above, without interpolation."""
+    return float(values.flatten().sort().values[int(share * (values.numel() - 1))])
+
+
+def observed_importance(queries, k, labels, num_lists):
+    """[lists, n]: mean over ``queries [Hq, w, D]``."""
+    rows = (of_lists(importance(q, k, labels), num_lists) for q in queries.unbind(1))
+    return of_keys(torch.stack([*rows]).mean(0), labels)
+
+
+def squeezed(q, k, labels, threshold, num_lists, coarse=None):
+    """Keys of the n of ``labels [Hkv, n]`` above the threshold, and all after them.
+
+    ``coarse`` is (labels of the coarse clusters, their centroids and sizes, their threshold).
+    """
+    count = labels.shape[1]
+    kept, among = torch.ones(num_lists, count, dtype=torch.bool), None
+    if coarse is not None:
+        above, centroids, sizes, limit = coarse
+        group = q.shape[0] // k.shape[0]
+        weights = torch.stack(
+            [torch.exp(centroids[h // group] @ row / 8) for h, row in enumerate(q)]
+        )
+        weights /= (weights * sizes.repeat_interleave(group, 0)).sum(1, keepdim=True)
+        kept = of_keys(of_lists(weights, num_lists), above) > limit
+        among = torch.zeros(q.shape[0], int(labels.max()) + 1, dtype=torch.bool)
+        for h in range(q.shape[0]):
+            own = labels[h // group], kept[h * num_lists // q.shape[0]]
+            among[h, own[0][own[1]]] = True
+    fine = of_lists(importance(q, k[:, :count], labels, among), num_lists)
+    kept &= of_keys(fine, labels) > threshold
+    newer = set(range(count, k.shape[1]))
+    lists = [newer | set(row.nonzero().flatten().tolist()) for row in kept]
+    return [lists[h * num_lists // q.shape[0]] for h in range(q.shape[0])]
+
+
 def tokenselect(q, k, budget, init, local, scale):
     length = k.shape[1]
     middle = range(min(init, length), max(length - local, init))

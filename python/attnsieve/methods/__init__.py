@@ -20,6 +20,7 @@ from attnsieve.methods.quest import Quest
 from attnsieve.methods.recycled import Recycled
 from attnsieve.methods.sale import SALE
 from attnsieve.methods.spargeattn import SpargeAttn, self_similarity
+from attnsieve.methods.squeezed import Squeezed
 from attnsieve.methods.threshold import Threshold, ThresholdDecode
 from attnsieve.methods.tidaldecode import TidalDecode
 from attnsieve.methods.tokenselect import TokenSelect
@@ -43,6 +44,7 @@ __all__ = [
     "Recycled",
     "SALE",
     "SpargeAttn",
+    "Squeezed",
     "Threshold",
     "ThresholdDecode",
     "TidalDecode",
