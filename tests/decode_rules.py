@@ -176,6 +176,49 @@ def squeezed(q, k, labels, threshold, num_lists, coarse=None):
     return [lists[h * num_lists // q.shape[0]] for h in range(q.shape[0])]
 
 
+def unturned(x, positions, inv_freq, interleaved=False):
+    """complex [..., D/2]: the pairs of rows [..., T, D] before RoPE."""
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    angles = positions[:, None] * inv_freq
+    real = first * angles.cos() + second * angles.sin()
+    return torch.complex(real, second * angles.cos() - first * angles.sin())
+
+
+def triattention_scores(q, k, at, inv_freq, aggregate, interleaved=False):
+    """[Hq, T] of keys k [Hkv, T, D] for queries like q [Hq, S, D] that come from ``at`` on."""
+    positions = torch.arange(max(q.shape[1], k.shape[1]), dtype=torch.float64)
+    queries = unturned(q, positions[: q.shape[1]], inv_freq, interleaved)
+    keys = unturned(k, positions[: k.shape[1]], inv_freq, interleaved)
+    keys = keys.repeat_interleave(q.shape[0] // k.shape[0], 0)
+    centre, norm = queries.mean(1, keepdim=True), queries.abs().mean(1, keepdim=True)
+    scores = []
+    for offset in [2**i for i in range(17)]:
+        distance = at - positions[: k.shape[1], None] + offset
+        phase = inv_freq * distance + (centre * keys.conj()).angle()
+        scores.append((centre.abs() * keys.abs() * phase.cos()).sum(2))
+    scores = torch.stack(scores)
+    scores = scores.mean(0) if aggregate == "mean" else scores.amax(0)
+    return scores + ((norm - centre.abs()) * keys.abs()).sum(2)
+
+
+def triattention(scores, num_lists, budget, first, recent, normalize):
+    """Per query head, of ``scores [Hq, T]``: the first, the recent ones and the best of the others.
+
+    With ``normalize`` the others' scores have mean 0 and deviation 1 in each query head.
+    """
+    end = scores.shape[1] - recent
+    middle = scores[:, first:end]
+    if normalize:
+        middle = middle - middle.mean(1, keepdim=True)
+        middle = middle / middle.square().mean(1, keepdim=True).sqrt()
+    forced = {*range(first), *range(end, scores.shape[1])}
+    lists = [
+        forced | {first + j for j in best(x, budget - len(forced))}
+        for x in of_lists(middle, num_lists)
+    ]
+    return [lists[h * num_lists // len(scores)] for h in range(len(scores))]
+
+
 def tokenselect(q, k, budget, init, local, scale):
     length = k.shape[1]
     middle = range(min(init, length), max(length - local, init))

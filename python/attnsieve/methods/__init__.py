@@ -24,6 +24,7 @@ from attnsieve.methods.squeezed import Squeezed
 from attnsieve.methods.threshold import Threshold, ThresholdDecode
 from attnsieve.methods.tidaldecode import TidalDecode
 from attnsieve.methods.tokenselect import TokenSelect
+from attnsieve.methods.triattention import QueryCentres, TriAttention, query_centres
 from attnsieve.methods.xattention import XAttention, antidiagonal_mass
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "OracleTopK",
     "PooledTopK",
     "PooledTopP",
+    "QueryCentres",
     "Quest",
     "Recycled",
     "SALE",
@@ -49,8 +51,10 @@ __all__ = [
     "ThresholdDecode",
     "TidalDecode",
     "TokenSelect",
+    "TriAttention",
     "XAttention",
     "antidiagonal_mass",
     "block_mass",
+    "query_centres",
     "self_similarity",
 ]
