@@ -16,14 +16,17 @@ from attnsieve.integrations import transformers as integration
 from attnsieve.integrations.transformers_cache import AttnsievePagedCache
 from attnsieve.methods import (
     DSA,
+    FASA,
     Delta,
     DenseDecode,
     LowRank,
     PooledTopK,
     Quest,
     Recycled,
+    Squeezed,
     TidalDecode,
     TokenSelect,
+    TriAttention,
 )
 from decode_rules import delta, index_inputs, quest, tidaldecode, tokenselect
 from tiny_models import (
@@ -38,6 +41,7 @@ from tiny_models import (
 )
 
 LAYERS = 5
+INV_FREQ = 10000.0 ** -(torch.arange(0, 64, 2) / 64)  # of the models here
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +59,8 @@ def model_of(device="cpu", **changes):
 def covering():
     """Methods whose budgets hold every sequence of these tests."""
     every = (DenseDecode(), Quest(1024), TidalDecode(1024), Delta(1024), Recycled(1024, stride=3))
-    return *every, TokenSelect(1024), DSA(index_inputs, 1024), LowRank(1024, rank=16)
+    every += TokenSelect(1024), DSA(index_inputs, 1024), TriAttention(INV_FREQ, 1024)
+    return *every, Squeezed(0.0), FASA(1024), LowRank(1024, rank=16)
 
 
 def narrow():
@@ -67,6 +72,9 @@ def narrow():
         TokenSelect(12, 2, 8),
         DSA(index_inputs, 20),
         LowRank(12, rank=8, recent=4),
+        FASA(12, pairs=4),
+        Squeezed(0.8, share=0.1, observed=20),
+        TriAttention(INV_FREQ, 16, period=8, recent=4, keep_prompt=False),
     )
 
 
