@@ -231,3 +231,44 @@ def test_bad_parameters_are_named():
         FASA.calibrated(calibration)(q, CachedKV(k, k))
     with pytest.raises(ValueError, match="layer_idx"):
         FASA.calibrated(calibration)(q, CachedKV(k, k), layer_idx=9)
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def model(self, tmp_path):
+        pytest.importorskip("transformers")
+        tiny_models = pytest.importorskip("tiny_models")
+        tokens = dict(vocab_size=51, pad_token_id=None, bos_token_id=None)
+        model = tiny_models.llama(**tokens, initializer_range=0.08)
+        words = torch.randint(len(tiny_models.WORDS), (300,), generator=torch.Generator())
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(tiny_models.WORDS[word] for word in words.tolist()))
+        self.file = tmp_path / "fasa.json"
+        self.arguments = ["--model", tiny_models.save(model, tmp_path / "model")]
+        self.arguments += ["--text", str(text), "--device", "cpu", "-o", str(self.file)]
+
+    def run(self, *options):
+        from attnsieve.__main__ import main
+
+        return main(["calibrate", "fasa", *self.arguments, *options])
+
+    def test_writes_what_it_found(self, capsys):
+        tables = {}
+        for lengths in ("200", "256", "200,256"):
+            assert self.run("--lengths", lengths, "--topk", "20", "--rows", "8") == 0
+            tables[lengths] = FASACalibration.load(self.file)
+        both = tables["200,256"]
+        assert (both.model, both.lengths, both.topk, both.rows) == ("model", (200, 256), 20, 8)
+        found = [torch.tensor(x.agreement) for x in tables.values()]
+        assert found[2].shape == (2, 2, 32)  # layers, KV heads, pairs
+        torch.testing.assert_close(found[2], (found[0] + found[1]) / 2)
+        said = capsys.readouterr().out
+        assert str(self.file) in said and f"{found[2][0].amax(1).mean():.3f}" in said
+
+    def test_mistakes(self, capsys):
+        assert self.run("--lengths", "800") == 2
+        assert "need 800" in capsys.readouterr().err
+        assert not self.file.exists()
+        with pytest.raises(SystemExit) as stopped:
+            self.run("--share", "head")
+        assert stopped.value.code == 2 and "--share" in capsys.readouterr().err

@@ -276,6 +276,31 @@ def test_attention_sinks(method):
     torch.testing.assert_close(logits["attnsieve"], logits["eager"], **TOLERANCE[torch.float32])
 
 
+class Prefilled(DenseDecode):
+    """Notes the pieces of prefills: (sequence, layer, begin, rows)."""
+
+    pieces = ()
+
+    def prefill(self, q, k, *, layer_idx=0, sequence=0, begin=0):
+        assert q.shape[2] == k.shape[2]
+        self.pieces += ((sequence, layer_idx, begin, q.shape[2]),)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("paged", [False, True])
+def test_prefills_tell_where_their_pieces_begin(paged):
+    model, ids, method = model_of(num_hidden_layers=1), tokens(2, 70), Prefilled()
+    cache = AttnsievePagedCache(model.config, 80) if paged else DynamicCache()
+    with integration.use(decode=method):
+        for rows in (slice(0, 40), slice(40, 60), slice(60, 61), slice(61, 70)):
+            model(input_ids=ids[:, rows], past_key_values=cache)
+        if not paged:
+            mask = padding([70, 44], 70, "left")
+            model.generate(ids, attention_mask=mask, max_new_tokens=2)
+    padded = () if paged else ((0, 0, 0, 70), (1, 0, 0, 44))
+    assert method.pieces == ((0, 0, 0, 40), (0, 0, 40, 20), (0, 0, 61, 9), *padded)
+
+
 @torch.no_grad()
 def test_the_paged_cache_refuses_what_it_cannot_do():
     model, ids = model_of(), tokens(2, 40)

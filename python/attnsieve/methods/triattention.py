@@ -165,7 +165,8 @@ class TriAttention(DecodeMethod):
         kept, age = self.state.get(("lists", *place), (None, 0))
         if kept is None or age >= self.period:
             kept, age = self._select(q, cache, centres, place, age), 0
-        kept = kept.before(q, cache)
+        # In place: a CUDA graph that was captured between selections goes on reading it.
+        torch.minimum(kept.begin, cache.lengths(q.shape[0]) - q.shape[2], out=kept.begin)
         self.state[("lists", *place)] = kept, age + q.shape[2]
         return attend(q, cache, kept.index, dense_begin=kept.begin, **options)
 
