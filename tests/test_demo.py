@@ -236,6 +236,12 @@ def test_model_without_attention(text, tmp_path, capsys):
     )
 
 
+def test_model_without_rotary_embeddings():
+    subject = demo_model.Subject("plain", torch.nn.Linear(2, 2), None)
+    with pytest.raises(demo_model.DemoError, match="plain has no rotary.*triattention"):
+        demo_model.rotary_frequencies(subject)
+
+
 def test_missing_package(tiny, text, capsys, monkeypatch):
     find = demo_model.importlib.util.find_spec
     monkeypatch.setattr(

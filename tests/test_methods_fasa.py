@@ -28,7 +28,7 @@ def prompt_of(steps):
 
 def prefilled(steps, **options):
     """FASA after a prefill of all layers."""
-    method, prompt = FASA(30, pairs=8, recent=5, topk=20, rows=4, **options), prompt_of(steps)
+    method, prompt = FASA(30, pairs=8, recent=2, topk=20, rows=4, **options), prompt_of(steps)
     for layer in range(LAYERS):
         method.prefill(prompt[layer], steps.k[layer, :, :, :FIRST], layer_idx=layer)
     return method
@@ -98,7 +98,7 @@ def test_fasa(heads, share, interleaved):
                 hits = hits.unflatten(0, (heads[1], -1)).sum(1)
             pairs[layer, b] = pairs_of(hits, 8)
         q, k, _ = steps.of(step, layer, b)
-        return fasa(q, k, pairs[layer, b], 30, 5, interleaved)
+        return fasa(q, k, pairs[layer, b], 30, 2, interleaved)
 
     check(steps, method, rule)
 
@@ -106,13 +106,13 @@ def test_fasa(heads, share, interleaved):
 @LAYOUTS
 def test_all_pairs_choose_what_exact_logits_do(device, interleaved):
     steps = Steps((6, 3), device, torch.float32 if device == "cpu" else torch.bfloat16)
-    method = FASA(30, pairs=32, recent=5, interleaved=interleaved)
+    method = FASA(30, pairs=32, recent=2, interleaved=interleaved)
     for layer in range(LAYERS):
         keys = steps.k[layer, :, :, :FIRST]
         method.prefill(keys.repeat_interleave(2, 1), keys, layer_idx=layer)
 
     def exact(q, cache, layer_idx):
-        options = dict(k=30, score="exact", recent_tokens=5)
+        options = dict(k=30, score="exact", recent_tokens=2)
         return topk_attention(q, cache.k_cache, cache.v_cache, **options)
 
     torch.testing.assert_close(steps.run(method), steps.run(exact), **TOLERANCE[device])
@@ -185,7 +185,7 @@ def test_a_calibration_says_what_a_prefill_of_its_text_finds(tmp_path, share, in
     calibration_of(steps, **options).save(tmp_path / "fasa.json")
     calibration = FASACalibration.load(tmp_path / "fasa.json")
     assert calibration == calibration_of(steps, **options)
-    method = FASA.calibrated(calibration, k=30, pairs=8, recent=5)
+    method = FASA.calibrated(calibration, k=30, pairs=8, recent=2)
     got = steps.run(method)
     method.prefill(prompt_of(steps)[0], steps.k[0, :, :, :FIRST])
     assert 0 not in [layer for _, layer in method.state]

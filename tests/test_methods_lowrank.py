@@ -13,7 +13,7 @@ from test_methods_decode import FIRST, HEADS, LAYERS, STEPS, TOLERANCE, Steps, c
 
 def fitted(steps, **options):
     """LowRank after a prefill of all layers."""
-    method = LowRank(30, rank=16, recent=5, **options)
+    method = LowRank(30, rank=16, recent=2, **options)
     shape = (LAYERS, 2, steps.heads[0], FIRST, 64)
     prompt = randn(shape, steps.k.dtype, steps.k.device, 4)
     for layer in range(LAYERS):
@@ -30,7 +30,7 @@ def test_lowrank(heads, share):
     def rule(step, layer, b):
         q, k, _ = steps.of(step, layer, b)
         fit = method.fits[0, layer]
-        return lowrank(q, k, fit.to_q[b].double(), fit.to_k[b].double(), 30, 5)
+        return lowrank(q, k, fit.to_q[b].double(), fit.to_k[b].double(), 30, 2)
 
     check(steps, method, rule)
 

@@ -186,13 +186,14 @@ def test_numbers_beside_the_cache_follow_keys_that_came_between_selections():
     steps, outs = rope_steps((6, 3)), []
     k = steps.k[0].clone()
     for fresh in (False, True):
-        method = prefilled(steps, period=6)
-        for length, rows in ((150, 1), (152, 2), (149, 1), (151, 2), (152, 1)):
-            k[:, :, length - rows : length] = randn((2, 3, rows, 64), seed=length + rows)
-            q = randn((2, 6, rows, 64), seed=rows)
+        method = prefilled(steps, period=22, recent=0)
+        for length, rows in ((141, 1), (149, 8), (146, 5), (154, 8), (155, 1)):
+            size = torch.rand(rows, 1, generator=torch.Generator().manual_seed(length)) * 4
+            k[:, :, length - rows : length] = size * randn((2, 3, rows, 64), seed=length)
             if fresh:
                 method.reset()
-            out = method(q, CachedKV(k[:, :, :length], steps.v[0][:, :, :length]))
+            cache = CachedKV(k[:, :, :length], steps.v[0][:, :, :length])
+            out = method(randn((2, 6, rows, 64), seed=rows), cache)
         outs.append(out)
         assert method.state["lists", 0, 0][1] == 1  # selected at the last step
     assert_bitwise(*outs)
