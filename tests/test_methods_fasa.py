@@ -141,6 +141,20 @@ def test_in_pages_again_and_of_one_sequence(device, share):
     torch.testing.assert_close(one.run(method), plain[:, :, 1:], **TOLERANCE[device])
 
 
+def test_a_later_piece_keeps_what_the_first_taught():
+    """Its keys are new all the same: what is beside the cache is made again."""
+    steps, piece = Steps((6, 3)), slice(FIRST - 9, FIRST)
+    method = prefilled(steps)
+    learned = dict(method.dims)
+    for layer in range(LAYERS):
+        cache = CachedKV(*(x[layer, :, :, : FIRST - 9] for x in (steps.k, steps.v)))
+        method(steps.q[0, layer], cache, layer_idx=layer)
+        q, k = randn((2, 6, 9, 64)), steps.k[layer][:, :, piece]
+        method.prefill(q, k, layer_idx=layer, begin=FIRST - 9)
+    assert all(method.dims[place] is kept for place, kept in learned.items())
+    assert_bitwise(steps.run(method), steps.run(prefilled(steps)))
+
+
 def test_new_tokens_in_the_place_of_rejected_ones_are_seen():
     steps = Steps((6, 3))
     method, q = prefilled(steps), randn((2, 6, 3, 64), seed=9)

@@ -53,6 +53,20 @@ def test_lowrank_in_pages_again_and_of_one_sequence(device, share):
     assert_bitwise(steps.run(fitted(steps, share=share)), plain)
 
 
+def test_lowrank_keeps_what_the_first_piece_taught():
+    """Its keys are new all the same: what is beside the cache is made again."""
+    steps, piece = Steps((6, 3)), slice(FIRST - 9, FIRST)
+    method = fitted(steps)
+    learned = dict(method.fits)
+    for layer in range(LAYERS):
+        cache = CachedKV(*(x[layer, :, :, : FIRST - 9] for x in (steps.k, steps.v)))
+        method(steps.q[0, layer], cache, layer_idx=layer)
+        q, k = randn((2, 6, 9, 64)), steps.k[layer][:, :, piece]
+        method.prefill(q, k, layer_idx=layer, begin=FIRST - 9)
+    assert all(method.fits[place] is kept for place, kept in learned.items())
+    assert_bitwise(steps.run(method), steps.run(fitted(steps)))
+
+
 def test_lowrank_sees_new_tokens_in_the_place_of_rejected_ones():
     steps = Steps((6, 3))
     method, q = fitted(steps), randn((2, 6, 3, 64), seed=9)

@@ -195,14 +195,26 @@ def test_dense_where_nothing_is_left_out_or_clustered(options):
     assert_bitwise(steps.run(method), steps.run(DenseDecode()))
 
 
-def test_a_prompt_in_pieces_is_dense():
-    steps = Steps((6, 3))
-    method = prefilled(steps)
-    for layer in range(LAYERS):
-        rows = slice(80, FIRST)
-        q, k = prompt_of(steps)[layer][:, :, rows], steps.k[layer][:, :, rows]
-        method.prefill(q, k, layer_idx=layer, begin=80)
-    assert_bitwise(steps.run(method), steps.run(DenseDecode()))
+def test_pieces_after_the_prompt_are_attended_to():
+    """A question about a fixed prompt; one that replaces clustered keys makes everything dense."""
+    steps, first = clustered(Steps((6, 3))), FIRST - 40
+    prompt = prompt_of(steps)
+
+    def asked(begin):
+        method, pieces = Squeezed(observed=OBSERVED, share=0.1), [slice(0, first)]
+        if begin is not None:
+            pieces.append(slice(begin, FIRST))
+        for rows in pieces:
+            for layer in range(LAYERS):
+                q, k = prompt[layer][:, :, rows], steps.k[layer][:, :, rows]
+                method.prefill(q, k, layer_idx=layer, begin=rows.start)
+        return steps.run(method)
+
+    alone, dense = asked(None), steps.run(DenseDecode())
+    assert not torch.equal(alone, dense)
+    assert_bitwise(asked(first), alone)
+    assert_bitwise(asked(first - OBSERVED), alone)
+    assert_bitwise(asked(first - OBSERVED - 1), dense)
 
 
 @pytest.mark.parametrize("coarse", [None, 0.04])

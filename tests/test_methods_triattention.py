@@ -162,6 +162,20 @@ def test_a_calibration_is_what_a_prefill_of_its_text_finds():
     assert method.centres[0, 0].mean.shape[0] == 1
 
 
+def test_a_later_piece_keeps_what_the_first_taught():
+    """Its keys are new all the same: what is beside the cache is made again."""
+    steps, piece = rope_steps((6, 3)), slice(FIRST - 9, FIRST)
+    method = prefilled(steps)
+    learned = dict(method.centres)
+    for layer in range(LAYERS):
+        cache = CachedKV(*(x[layer, :, :, : FIRST - 9] for x in (steps.k, steps.v)))
+        method(steps.q[0, layer], cache, layer_idx=layer)
+        q, k = randn((2, 6, 9, 64)), steps.k[layer][:, :, piece]
+        method.prefill(q, k, layer_idx=layer, begin=FIRST - 9)
+    assert all(method.centres[place] is kept for place, kept in learned.items())
+    assert_bitwise(steps.run(method), steps.run(prefilled(steps)))
+
+
 def test_tokens_in_the_place_of_rejected_ones_are_seen():
     """Values are unit vectors. Lists are chosen at 39 of 40 tokens; every later one is seen."""
     k, v = randn((1, 1, 60, 64)), torch.eye(60, 64).view(1, 1, 60, 64)

@@ -24,9 +24,11 @@ class FASA(DecodeMethod):
     where 16 of 64 pairs and 256 tokens are used).
 
     In the paper pairs are found once per model: :meth:`calibrated` takes them from a file.
-    Otherwise every prefill finds its own from the newest of its rows; layers without any attend to
-    everything. The paper names no window; of models with grouped queries it does not say which
-    heads share pairs. Its code was not public, so nothing here was compared with it.
+    Otherwise every prefill, or the first piece of one, finds its own from the newest of its rows;
+    layers without any attend to everything.
+
+    What differs from the authors' code is not known: it was not public. The summary that this
+    follows names no window, and does not say which heads of a group share pairs.
 
     ``dims`` holds the dominant dims by (sequence, layer) and is kept by :meth:`reset`; ``state``
     holds those dims of the keys, ``[B, H, S, 2 * pairs]``, H = Hkv or with ``share="query_head"``
@@ -72,7 +74,7 @@ class FASA(DecodeMethod):
     def prefill(self, q, k, *, layer_idx=0, sequence=0, begin=0) -> None:
         place = sequence, layer_idx
         self.state.pop(place, None)
-        if self.calibration is None:
+        if self.calibration is None and (begin == 0 or place not in self.dims):
             options = dict(share=self.share, interleaved=self.interleaved)
             agreement = contextual_agreement(q, k, topk=self.topk, rows=self.rows, **options)
             self.dims[place] = dominant_dims(agreement, self.pairs, self.interleaved)

@@ -15,7 +15,7 @@ from attnsieve.methods.proxies import attend_to_best, side_cache
 class LowRank(DecodeMethod):
     """The ``k`` tokens whose proxies of ``rank`` numbers score best, the newest among them.
 
-    A prefill fits projections of its queries and keys in every layer
+    A prefill, or the first piece of one, fits projections of its queries and keys in every layer
     (:func:`attnsieve.lowrank_fit`); a step projects its own rows. LRQK (arXiv:2510.23649) besides
     refines those at every step (:func:`attnsieve.lowrank_step`), which is not done here. Layers
     without a fit attend to everything.
@@ -38,10 +38,10 @@ class LowRank(DecodeMethod):
     fits: dict[tuple[int, int], LowRankFit] = field(default_factory=dict, repr=False)
 
     def prefill(self, q, k, *, layer_idx=0, sequence=0, begin=0) -> None:
-        self.state.pop((sequence, layer_idx), None)
-        self.fits[sequence, layer_idx] = lowrank_fit(
-            q, k, self.rank, share=self.share, method=self.method
-        )
+        place = sequence, layer_idx
+        self.state.pop(place, None)
+        if begin == 0 or place not in self.fits:
+            self.fits[place] = lowrank_fit(q, k, self.rank, share=self.share, method=self.method)
 
     def __call__(
         self, q, cache, *, layer_idx=0, sequence=0, softmax_scale=None, sink=None

@@ -46,7 +46,7 @@ class Clusters:
 
 @dataclass(eq=False)
 class Squeezed(DecodeMethod):
-    """The prompt's keys whose clusters matter, and every key after them.
+    """The keys of a fixed prompt whose clusters matter, and every key after them.
 
     A prefill clusters the keys of each KV head by direction, all but those of the last ``observed``
     tokens. A row's importance of cluster c is what its softmax over the clustered keys would give
@@ -66,12 +66,12 @@ class Squeezed(DecodeMethod):
     the same in every run. Query heads of a group share a list, by the largest importance that one
     of them gives; models there had none. Thresholds are of this prompt; theirs too.
 
-    A prompt must come in one prefill: after one in pieces, or of no more than ``observed`` tokens,
-    everything is attended to, and so it is in layers without a prefill. ``clusters`` holds what the
-    prefill left by (sequence, layer) and is kept by :meth:`reset`. The first step finds the
-    thresholds, of all layers together; ``state`` holds them by sequence, and by (sequence, layer)
-    the position from which on everything is attended to: tokens that are taken back are, if they
-    were clustered, not clustered again.
+    The prompt is what one prefill from position 0 brings. Of pieces that follow, such as a question
+    about it, every key is attended to. After a prompt of no more than ``observed`` tokens, and in
+    layers without one, everything is. ``clusters`` holds what a prompt left by (sequence, layer)
+    and is kept by :meth:`reset`. The first step finds the thresholds, of all layers together;
+    ``state`` holds them by sequence, and by (sequence, layer) the position from which on everything
+    is attended to: what stands in the place of tokens that were taken back is not clustered.
 
     Attributes:
         percentile: share of the clustered keys below the threshold, for the observed queries; 0
@@ -111,6 +111,9 @@ class Squeezed(DecodeMethod):
 
     def prefill(self, q, k, *, layer_idx=0, sequence=0, begin=0) -> None:
         place = sequence, layer_idx
+        known = self.clusters.get(place)
+        if known is not None and begin >= known.fine.labels.shape[2]:
+            return  # a piece after the clustered keys
         for stale in (sequence, place):
             self.state.pop(stale, None)
         self.clusters.pop(place, None)

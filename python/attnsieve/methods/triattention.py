@@ -107,11 +107,11 @@ class TriAttention(DecodeMethod):
     ``list_heads="one"`` chooses what their union over heads does. Scoring looks ahead from the
     first new row.
 
-    A prefill finds the centres of its queries; ``calibration`` holds them for each layer, as the
-    authors do once per model. Layers without either attend to everything. ``centres`` is by
-    (sequence, layer) and kept by :meth:`reset`, like ``prompts``, the lengths of the prompts;
-    ``state`` holds the lists and the keys' numbers. When to select is decided on the host, by
-    counting: the lists of one CUDA graph stay what they are.
+    A prefill, or the first piece of one, finds the centres of its queries; ``calibration`` holds
+    them for each layer, as the authors do once per model. Layers without either attend to
+    everything. ``centres`` is by (sequence, layer) and kept by :meth:`reset`, like ``prompts``, the
+    lengths of the prompts; ``state`` holds the lists and the keys' numbers. When to select is
+    decided on the host, by counting: the lists of one CUDA graph stay what they are.
 
     Attributes:
         inv_freq: ``[D / 2]``, the model's, such as ``model.model.rotary_emb.inv_freq``.
@@ -150,7 +150,7 @@ class TriAttention(DecodeMethod):
         for what in ("lists", "norms"):
             self.state.pop((what, *place), None)
         self.prompts[place] = begin + q.shape[2]
-        if self.calibration is None:
+        if self.calibration is None and (begin == 0 or place not in self.centres):
             rope = dict(begin=begin, interleaved=self.interleaved)
             self.centres[place] = query_centres(q, self.inv_freq, **rope)
 
