@@ -61,7 +61,7 @@ def test_end_to_end(tiny, text, tmp_path, capsys):
     assert main([*arguments, "--out", str(picture), "--json", str(numbers)]) == 0
     said = capsys.readouterr()
     assert str(picture) in said.out and str(numbers) in said.out
-    assert said.err.count("[") == 36  # one progress line per row, model and prefill
+    assert said.err.count("[") == 42  # one progress line per row, model and prefill
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     record = json.loads(numbers.read_text())
@@ -99,7 +99,7 @@ def test_end_to_end(tiny, text, tmp_path, capsys):
     names = [name for name in decode.DECODE_FAMILIES.values() for _ in range(2)]
     names += [decode.DECODE_FAMILIES["threshold"], decode.TWO_PHASE]
     assert [row["method"] for row in decoded] == names
-    budgets = ["48"] * 12 + ["10/L", "100/L", "1000/L", "100/L"]
+    budgets = ["48"] * 18 + ["10/L", "100/L", "1000/L", "100/L"]
     assert [row["budget"] for row in decoded] == budgets
     for row in decoded:
         threshold = row["budget"] != "48"
@@ -156,7 +156,7 @@ def test_decode_perplexity_is_that_of_the_whole_window(tiny, text, tmp_path):
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, 19:119]
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 20:]).exp()
-    assert len(rows) == 9
+    assert len(rows) == 12
     for row in rows:
         assert row["perplexity"] == pytest.approx(float(expected), rel=1e-3), row["method"]
 
@@ -234,6 +234,12 @@ def test_model_without_attention(text, tmp_path, capsys):
     assert_one_line(
         capsys, ["--model", folder, "--text", text, "--length", "128"], "attention", "mamba"
     )
+
+
+def test_model_without_rotary_embeddings():
+    subject = demo_model.Subject("plain", torch.nn.Linear(2, 2), None)
+    with pytest.raises(demo_model.DemoError, match="plain has no rotary.*triattention"):
+        demo_model.rotary_frequencies(subject)
 
 
 def test_missing_package(tiny, text, capsys, monkeypatch):

@@ -8,7 +8,18 @@ import torch
 
 import attnsieve
 from attnsieve import CachedKV, PagedKVCache
-from attnsieve.methods import Delta, DenseDecode, Quest, Recycled, TidalDecode, TokenSelect
+from attnsieve.methods import (
+    FASA,
+    Delta,
+    DenseDecode,
+    LowRank,
+    Quest,
+    Recycled,
+    Squeezed,
+    TidalDecode,
+    TokenSelect,
+    TriAttention,
+)
 from cases import capture, pairwise, randn
 from numerics import assert_attention_close, assert_bitwise, pytorch_same_dtype
 from topk_rules import expected_lists, expected_lse, paged, seen_pairs
@@ -184,6 +195,10 @@ METHODS = (
     Delta(64, recent_pages=2, dense_layers=0, delta_layers=(1,)),
     Recycled(30, stride=3),
     TokenSelect(24, 4, 9),
+    LowRank(24, rank=16, recent=5),
+    FASA(24, pairs=8),
+    Squeezed(0.8, observed=20),
+    TriAttention(10000.0 ** -(torch.arange(0, DIM, 2) / DIM), 24, recent=5, keep_prompt=False),
 )
 NAMES = [f"{type(m).__name__}-{i}" for i, m in enumerate(METHODS)]
 
@@ -194,6 +209,9 @@ def test_methods_equal_those_over_dequantised_rows(method):
     results = []
     for coded in (True, False):
         method.reset()
+        for layer in range(3):
+            prompt = randn((2, 8, 149, DIM), seed=layer)
+            method.prefill(prompt, appended.k[layer, :, :, :149], layer_idx=layer)
         for step in range(2):
             for layer in range(3):
                 q = randn((2, 8, 1, DIM), seed=10 * step + layer)

@@ -13,7 +13,7 @@ from test_methods_decode import FIRST, HEADS, LAYERS, STEPS, TOLERANCE, Steps, c
 
 def fitted(steps, **options):
     """LowRank after a prefill of all layers."""
-    method = LowRank(30, rank=16, recent=5, **options)
+    method = LowRank(30, rank=16, recent=2, **options)
     shape = (LAYERS, 2, steps.heads[0], FIRST, 64)
     prompt = randn(shape, steps.k.dtype, steps.k.device, 4)
     for layer in range(LAYERS):
@@ -30,7 +30,7 @@ def test_lowrank(heads, share):
     def rule(step, layer, b):
         q, k, _ = steps.of(step, layer, b)
         fit = method.fits[0, layer]
-        return lowrank(q, k, fit.to_q[b].double(), fit.to_k[b].double(), 30, 5)
+        return lowrank(q, k, fit.to_q[b].double(), fit.to_k[b].double(), 30, 2)
 
     check(steps, method, rule)
 
@@ -51,6 +51,20 @@ def test_lowrank_in_pages_again_and_of_one_sequence(device, share):
     pages = steps.run(method, steps.paged())
     torch.testing.assert_close(pages, plain, **TOLERANCE[device])
     assert_bitwise(steps.run(fitted(steps, share=share)), plain)
+
+
+def test_lowrank_keeps_what_the_first_piece_taught():
+    """Its keys are new all the same: what is beside the cache is made again."""
+    steps, piece = Steps((6, 3)), slice(FIRST - 9, FIRST)
+    method = fitted(steps)
+    learned = dict(method.fits)
+    for layer in range(LAYERS):
+        cache = CachedKV(*(x[layer, :, :, : FIRST - 9] for x in (steps.k, steps.v)))
+        method(steps.q[0, layer], cache, layer_idx=layer)
+        q, k = randn((2, 6, 9, 64)), steps.k[layer][:, :, piece]
+        method.prefill(q, k, layer_idx=layer, begin=FIRST - 9)
+    assert all(method.fits[place] is kept for place, kept in learned.items())
+    assert_bitwise(steps.run(method), steps.run(fitted(steps)))
 
 
 def test_lowrank_sees_new_tokens_in_the_place_of_rejected_ones():

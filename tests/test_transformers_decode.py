@@ -16,14 +16,17 @@ from attnsieve.integrations import transformers as integration
 from attnsieve.integrations.transformers_cache import AttnsievePagedCache
 from attnsieve.methods import (
     DSA,
+    FASA,
     Delta,
     DenseDecode,
     LowRank,
     PooledTopK,
     Quest,
     Recycled,
+    Squeezed,
     TidalDecode,
     TokenSelect,
+    TriAttention,
 )
 from decode_rules import delta, index_inputs, quest, tidaldecode, tokenselect
 from tiny_models import (
@@ -38,6 +41,7 @@ from tiny_models import (
 )
 
 LAYERS = 5
+INV_FREQ = 10000.0 ** -(torch.arange(0, 64, 2) / 64)  # of the models here
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +59,8 @@ def model_of(device="cpu", **changes):
 def covering():
     """Methods whose budgets hold every sequence of these tests."""
     every = (DenseDecode(), Quest(1024), TidalDecode(1024), Delta(1024), Recycled(1024, stride=3))
-    return *every, TokenSelect(1024), DSA(index_inputs, 1024), LowRank(1024, rank=16)
+    every += TokenSelect(1024), DSA(index_inputs, 1024), TriAttention(INV_FREQ, 1024)
+    return *every, Squeezed(0.0), FASA(1024), LowRank(1024, rank=16)
 
 
 def narrow():
@@ -67,6 +72,9 @@ def narrow():
         TokenSelect(12, 2, 8),
         DSA(index_inputs, 20),
         LowRank(12, rank=8, recent=4),
+        FASA(12, pairs=4),
+        Squeezed(0.8, share=0.1, observed=20),
+        TriAttention(INV_FREQ, 16, period=8, recent=4, keep_prompt=False),
     )
 
 
@@ -266,6 +274,31 @@ def test_attention_sinks(method):
             steps = [model(input_ids=ids[:, n : n + 1], past_key_values=cache) for n in (70, 71)]
         logits[kind] = torch.cat([step.logits for step in steps], 1)
     torch.testing.assert_close(logits["attnsieve"], logits["eager"], **TOLERANCE[torch.float32])
+
+
+class Prefilled(DenseDecode):
+    """Notes the pieces of prefills: (sequence, layer, begin, rows)."""
+
+    pieces = ()
+
+    def prefill(self, q, k, *, layer_idx=0, sequence=0, begin=0):
+        assert q.shape[2] == k.shape[2]
+        self.pieces += ((sequence, layer_idx, begin, q.shape[2]),)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("paged", [False, True])
+def test_prefills_tell_where_their_pieces_begin(paged):
+    model, ids, method = model_of(num_hidden_layers=1), tokens(2, 70), Prefilled()
+    cache = AttnsievePagedCache(model.config, 80) if paged else DynamicCache()
+    with integration.use(decode=method):
+        for rows in (slice(0, 40), slice(40, 60), slice(60, 61), slice(61, 70)):
+            model(input_ids=ids[:, rows], past_key_values=cache)
+        if not paged:
+            mask = padding([70, 44], 70, "left")
+            model.generate(ids, attention_mask=mask, max_new_tokens=2)
+    padded = () if paged else ((0, 0, 0, 70), (1, 0, 0, 44))
+    assert method.pieces == ((0, 0, 0, 40), (0, 0, 40, 20), (0, 0, 61, 9), *padded)
 
 
 @torch.no_grad()

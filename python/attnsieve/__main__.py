@@ -8,7 +8,8 @@ USAGE = """usage: python -m attnsieve COMMAND [options]
 
   demo       run a language model with sparse attention: density, perplexity, time (demo --help)
   calibrate  find which threshold skips which share of a model's tiles (calibrate --help), or
-             SALE's threshold of every head (calibrate sale --help)
+             SALE's threshold of every head (calibrate sale --help),
+             FASA's frequencies of every head (calibrate fasa --help)
   doctor     what is installed, what each op runs on, and why something is unavailable
 """
 

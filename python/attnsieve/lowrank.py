@@ -37,12 +37,12 @@ class LowRankFit:
 
     def queries(self, q: Tensor) -> Tensor:
         """``[B, Hq, S, D]`` to ``[B, Hq, S, r]``, in q's dtype."""
-        return q @ _of_heads(self.to_q, q.shape[1]).to(q.dtype)
+        return q @ of_heads(self.to_q, q.shape[1]).to(q.dtype)
 
     def keys(self, k: Tensor) -> Tensor:
         """``[B, Hkv, S, D]`` to ``[B, H, S, r]``, in k's dtype: what a proxy cache holds."""
         heads = self.to_k.shape[1]
-        return _of_heads(k, heads) @ self.to_k.to(k.dtype)
+        return of_heads(k, heads) @ self.to_k.to(k.dtype)
 
 
 def lowrank_fit(
@@ -164,9 +164,7 @@ def lowrank_step(
                 f"lowrank_step: {name}: expected {list(shape)}, got {list(tensor.shape)}"
             )
     rows = q.double().flatten(2).unflatten(1, (heads, group))  # [B, H, G, D]
-    key, near, numbers = (
-        x.double() for x in (_of_heads(k, heads), resident_keys, resident_proxies)
-    )
+    key, near, numbers = (x.double() for x in (of_heads(k, heads), resident_keys, resident_proxies))
     from_q, from_k = fit.from_q.double(), fit.from_k.double()
     of_key = key @ from_k.transpose(2, 3)
     of_rows = rows @ from_q.transpose(2, 3) + rows @ near.transpose(2, 3) @ numbers
@@ -219,7 +217,8 @@ def _check(q, k, rank, share, method, start, iterations) -> None:
         raise ValueError(f"lowrank_fit: iterations: must not be negative, got {iterations}")
 
 
-def _of_heads(x: Tensor, heads: int) -> Tensor:
+def of_heads(x: Tensor, heads: int) -> Tensor:
+    """Dim 1 of ``x`` repeated to ``heads``: consecutive ones are equal."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 

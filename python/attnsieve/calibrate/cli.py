@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m attnsieve calibrate",
         description="Measures which share of a model's tiles a threshold F / length skips, fits "
         "F = a * exp(b * share), and runs the fitted factors. `calibrate sale --help` tells of "
-        "SALE's thresholds.",
+        "SALE's thresholds, `calibrate fasa --help` of FASA's pairs of dims.",
     )
     add_subject_options(options)
     options.add_argument(
@@ -90,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from attnsieve.calibrate.sale import main as calibrate_sale
 
         return calibrate_sale(arguments[1:])
+    if arguments[:1] == ["fasa"]:
+        from attnsieve.calibrate.fasa import main as calibrate_fasa
+
+        return calibrate_fasa(arguments[1:])
     return run_command("calibrate", _run, parser().parse_args(arguments))
 
 

@@ -31,6 +31,9 @@ _DECODE_FAMILIES = (
     "recycled",
     "tokenselect",
     "lowrank",
+    "fasa",
+    "squeezed",
+    "triattention",
     "threshold",
 )
 
@@ -163,7 +166,7 @@ def _run(options: argparse.Namespace) -> None:
             add(row)
         decoded = []
         if options.decode_methods:
-            rows = decode.decode_rows(*decode_options, options.length)
+            rows = decode.decode_rows(*decode_options, options.length, subject)
             decoded = decode.measure_decode(subject, ids, rows, steps, step)
 
     for result in results:

@@ -13,19 +13,22 @@ from torch import Tensor
 from attnsieve.cache import CachedKV
 from attnsieve.demo.errors import DemoError
 from attnsieve.demo.measure import elapsed_ms, mark, skipped_share
-from attnsieve.demo.model import Subject, first_line
+from attnsieve.demo.model import Subject, first_line, rotary_frequencies
 from attnsieve.integrations.transformers import use
 from attnsieve.integrations.transformers_cache import AttnsievePagedCache
 from attnsieve.methods import (
+    FASA,
     DecodeMethod,
     Delta,
     DenseDecode,
     LowRank,
     Quest,
     Recycled,
+    Squeezed,
     ThresholdDecode,
     TidalDecode,
     TokenSelect,
+    TriAttention,
 )
 
 # Names for --decode-methods, in the order of the table.
@@ -36,12 +39,15 @@ DECODE_FAMILIES = {
     "recycled": "Recycled",
     "tokenselect": "TokenSelect",
     "lowrank": "LowRank",
+    "fasa": "FASA",
+    "squeezed": "Squeezed",
+    "triattention": "TriAttention",
     "threshold": "threshold",
 }
 TWO_PHASE = "threshold 2-phase"
 DENSE_DECODE = "dense decode"
 PAGE_SIZE = 16
-# Numbers of a key that the low-rank rows score; a quarter of SmolLM2's head_dim.
+# Numbers of a key that the low-rank and FASA rows score; a quarter of SmolLM2's head_dim.
 RANK = 16
 # Splits of the threshold rows. Each knows the maximum of its own tiles alone: with four, SmolLM2
 # skips 0.20 instead of 0.68 of 2048 tokens at F = 1000, with the op's default nothing.
@@ -56,8 +62,8 @@ MOST_STEPS = 64
 class DecodeResult:
     """One decode row. Times are medians over the steps, in milliseconds per token at batch 1.
 
-    budget: keys that a sparse layer keeps at most; Recycled also keeps what is newer than its list.
-        For a threshold its lambda.
+    budget: keys that a sparse layer keeps at most; Recycled and TriAttention also keep what is
+        newer than their lists, Squeezed what is newer than the prompt. For a threshold its lambda.
     perplexity: of the tokens that follow the steps.
     attention_ms: scoring, selecting and attending in all layers. total_ms: the whole model.
     keys: the budget, or of the window's keys the share of tiles that a threshold did not skip.
@@ -114,12 +120,25 @@ def steps_of(length: int) -> int:
     return max(1, min(MOST_STEPS, length // TOKENS_PER_STEP))
 
 
-def method_of(family: str, budget: int) -> DecodeMethod:
-    """A method whose sparse layers keep ``budget`` keys, windows included.
+@dataclass(eq=False)
+class _Learners(DenseDecode):
+    """Tells ``methods`` of a prefill."""
+
+    methods: Sequence[DecodeMethod] = ()
+
+    def prefill(self, q, k, **place) -> None:
+        for method in self.methods:
+            method.prefill(q, k, **place)
+
+
+def method_of(family: str, budget: int, length: int, subject: Subject) -> DecodeMethod:
+    """A method whose sparse layers keep ``budget`` keys of ``length``, windows included.
 
     Windows that the papers give for longer texts shrink with the budget: TokenSelect's are 1/16 and
-    1/4 of it, DELTA's recent pages and LowRank's recent tokens 1/8.
+    1/4 of it, DELTA's recent pages and the recent tokens of LowRank, Squeezed and TriAttention 1/8,
+    TriAttention's period 1/16. Squeezed's threshold is the quantile that leaves the budget's share.
     """
+    recent = max(1, budget // 8)
     if family == "quest":
         return Quest(budget, PAGE_SIZE)
     if family == "tidaldecode":
@@ -129,7 +148,16 @@ def method_of(family: str, budget: int) -> DecodeMethod:
     if family == "recycled":
         return Recycled(budget)
     if family == "lowrank":
-        return LowRank(budget, RANK, recent=max(1, budget // 8))
+        return LowRank(budget, RANK, recent=recent)
+    if family == "fasa":
+        return FASA(budget, RANK // 2)
+    if family == "squeezed":
+        share = max(0.0, 1.0 - budget / length)
+        return Squeezed(share, observed=recent, capacity=budget - recent)
+    if family == "triattention":
+        frequencies = rotary_frequencies(subject)
+        period = max(1, budget // 16)
+        return TriAttention(frequencies, budget, period, recent, keep_prompt=False)
     windows = budget // 16, budget // 4
     return TokenSelect(budget - sum(windows), *windows)
 
@@ -144,6 +172,7 @@ def decode_rows(
     budgets: Sequence[float],
     threshold_scales: Sequence[float],
     length: int,
+    subject: Subject,
 ) -> Iterator[tuple[str, str, DecodeMethod]]:
     """(name, budget, method) of every row, the dense one first; two-phase at the middle scale."""
     yield DENSE_DECODE, "", DenseDecode()
@@ -157,7 +186,8 @@ def decode_rows(
             continue
         for fraction in budgets:
             budget = budget_of(fraction, length)
-            yield DECODE_FAMILIES[family], str(budget), method_of(family, budget)
+            method = method_of(family, budget, length, subject)
+            yield DECODE_FAMILIES[family], str(budget), method
 
 
 def count_decode_rows(
@@ -204,12 +234,8 @@ def measure_decode(
     results = []
     try:
         rows = list(rows)
-        fitted = any(isinstance(method, LowRank) for _, _, method in rows)
-        learner = LowRank(rank=RANK) if fitted else None
-        cache = prefill(subject, ids, steps, learner)
+        cache = prefill(subject, ids, steps, _Learners([method for _, _, method in rows]))
         for name, budget, method in rows:
-            if isinstance(method, LowRank):
-                method.fits = learner.fits
             announce(f"{name} {budget}".strip())
             run_steps(subject, ids, cache, method, min(WARM_UP_STEPS, steps))
             numbers = run_steps(subject, ids, cache, method, steps)

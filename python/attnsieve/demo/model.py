@@ -170,6 +170,18 @@ def token_window(subject: Subject, text: str, offset: int, length: int) -> Tenso
     return ids[:, offset : offset + length]
 
 
+def rotary_frequencies(subject: Subject) -> Tensor:
+    """Angles per position of the model's rotary position embeddings, ``[head_dim / 2]``."""
+    for module in subject.model.modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if isinstance(frequencies, Tensor):
+            return frequencies
+    raise DemoError(
+        f"{subject.name} has no rotary position embeddings: leave triattention out of "
+        "--decode-methods"
+    )
+
+
 def require(*packages: str) -> None:
     """Raises DemoError for the first of ``packages`` that is not installed."""
     for package in packages:

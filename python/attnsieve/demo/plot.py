@@ -9,7 +9,8 @@ from attnsieve.demo.decode import DECODE_FAMILIES, DENSE_DECODE, TWO_PHASE, Deco
 from attnsieve.demo.measure import Result
 from attnsieve.demo.plan import DENSE, FAMILIES, SDPA
 
-# Okabe-Ito colours, readable with colour-blindness and in grey, and a marker per family.
+# Okabe-Ito colours, readable with colour-blindness and in grey, two of Tol's and grey where they
+# run out, and a marker per family.
 STYLES = {
     FAMILIES["topk"]: ("#D55E00", "o"),
     FAMILIES["topp"]: ("#0072B2", "s"),
@@ -26,6 +27,9 @@ DECODE_STYLES = {
     DECODE_FAMILIES["recycled"]: ("#CC79A7", "v"),
     DECODE_FAMILIES["tokenselect"]: ("#E69F00", "D"),
     DECODE_FAMILIES["lowrank"]: ("#F0E442", "*"),
+    DECODE_FAMILIES["fasa"]: ("#7F7F7F", "<"),
+    DECODE_FAMILIES["squeezed"]: ("#882255", "h"),
+    DECODE_FAMILIES["triattention"]: ("#332288", "v"),
     DECODE_FAMILIES["threshold"]: ("#56B4E9", "P"),
     TWO_PHASE: ("#000000", "X"),
 }

@@ -284,7 +284,8 @@ def _attend(
     paged = isinstance(k, PagedStates)
     if choice.decode is not None and not step:
         new = k.new if paged else k[:, :, seqlen_k - seqlen_q :]
-        choice.decode.prefill(q, new, layer_idx=settings["layer_idx"] or 0, sequence=sequence)
+        place = dict(layer_idx=settings["layer_idx"] or 0, sequence=sequence)
+        choice.decode.prefill(q, new, begin=seqlen_k - seqlen_q, **place)
     method = choice.prefill or _DENSE
     if seqlen_q < getattr(method, "min_seqlen_q", 0):
         method = _DENSE

@@ -12,6 +12,7 @@ from attnsieve.methods.base import BlockMethod, Dense, Method
 from attnsieve.methods.decode import MAX_DECODE_ROWS, DecodeMethod, DenseDecode
 from attnsieve.methods.delta import Delta
 from attnsieve.methods.dsa import DSA
+from attnsieve.methods.fasa import FASA
 from attnsieve.methods.lowrank import LowRank
 from attnsieve.methods.oracle import OracleTopK, block_mass
 from attnsieve.methods.pooled import PooledTopK, PooledTopP
@@ -19,13 +20,16 @@ from attnsieve.methods.quest import Quest
 from attnsieve.methods.recycled import Recycled
 from attnsieve.methods.sale import SALE
 from attnsieve.methods.spargeattn import SpargeAttn, self_similarity
+from attnsieve.methods.squeezed import Squeezed
 from attnsieve.methods.threshold import Threshold, ThresholdDecode
 from attnsieve.methods.tidaldecode import TidalDecode
 from attnsieve.methods.tokenselect import TokenSelect
+from attnsieve.methods.triattention import QueryCentres, TriAttention, query_centres
 from attnsieve.methods.xattention import XAttention, antidiagonal_mass
 
 __all__ = [
     "DSA",
+    "FASA",
     "MAX_DECODE_ROWS",
     "BlockMethod",
     "DecodeMethod",
@@ -37,16 +41,20 @@ __all__ = [
     "OracleTopK",
     "PooledTopK",
     "PooledTopP",
+    "QueryCentres",
     "Quest",
     "Recycled",
     "SALE",
     "SpargeAttn",
+    "Squeezed",
     "Threshold",
     "ThresholdDecode",
     "TidalDecode",
     "TokenSelect",
+    "TriAttention",
     "XAttention",
     "antidiagonal_mass",
     "block_mass",
+    "query_centres",
     "self_similarity",
 ]

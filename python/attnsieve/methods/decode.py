@@ -57,10 +57,13 @@ class DecodeMethod(ABC):
         """Forgets what earlier calls left."""
         self.state.clear()
 
-    def prefill(self, q: Tensor, k: Tensor, *, layer_idx: int = 0, sequence: int = 0) -> None:
+    def prefill(
+        self, q: Tensor, k: Tensor, *, layer_idx: int = 0, sequence: int = 0, begin: int = 0
+    ) -> None:
         """What a new text begins with: queries ``[B, Hq, S, D]`` and keys ``[B, Hkv, S, D]``.
 
-        Called for every layer of a prefill. A method that learns nothing from them forgets what
+        Called for every layer of a prefill, and of each piece of one that comes in pieces, whose
+        first row has the position ``begin``. A method that learns nothing from them forgets what
         earlier texts left.
         """
         self.reset()
