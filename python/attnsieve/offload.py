@@ -32,8 +32,8 @@ def host_cache(
     """Zeros in pinned host memory, as a tensor of ``device``.
 
     Kernels read and write it over the host link, 16 bytes or more at a time; every op of this
-    library takes it as it takes device memory. It is freed with the tensor. On the CPU an ordinary
-    tensor.
+    library takes it as it takes device memory. It is freed with the tensor; torch keeps pinned
+    memory for later requests, in powers of two. On the CPU an ordinary tensor.
 
     Raises:
         RuntimeError: there is not as much memory, or it cannot be pinned; nothing is kept of it.

@@ -3,8 +3,8 @@
 //                 magnitude), scales = magnitude / largest (estimate.h).
 // Roles           sum_rows_kernel: a CTA adds kSumRows rows, lane i of kSumLanes rows i, i +
 //                 kSumLanes ...; a thread owns 8 columns. Launched once a level.
-//                 quantize_blocks_kernel: a CTA owns kQuantizeRows rows, reads them twice. Writes
-//                 y too, where asked for.
+//                 quantize_blocks_kernel: a CTA owns kQuantizeRows rows, reads them twice where
+//                 rows share a scale. Writes y too, where asked for.
 // Shared memory   sums of the lanes; a magnitude and a factor for each scale of the tile.
 // Invariants      Every float32 operation is one of the CPU's, in its order; maxima have none.
 // Not handled     head_dim that is not a multiple of 8, or above 256.
@@ -19,7 +19,6 @@ inline constexpr int kThreadColumns = 8;
 inline constexpr int kMaxRowThreads = 256 / kThreadColumns;
 inline constexpr int kQuantizeRows = 128;  // of a CTA
 inline constexpr int kQuantizeThreads = 256;
-inline constexpr int kRowsInFlight = 4;  // of a thread
 
 // A chunk of `rows` rows, of those of its sequence.
 struct ChunkPlace {
@@ -162,21 +161,30 @@ class TileQuantizer {
     load_mean();
     // Threads of a row that one warp holds.
     mates_ = __match_any_sync(0xffffffffu, first_row_);
+    float* const scales = tile_scales();
+    if (layout_.rows == 1 && kWarpThreads % threads_of_row_ == 0) {  // a warp has all of a row
+      for_each_row([&](int row, const float (&y)[kThreadColumns]) {
+        const float2 scale = scale_of_magnitude(magnitude_of(y));
+        if (is_first_mate()) scales[row] = scale.y;
+        store_row(row, y, scale.x);
+      });
+      return;
+    }
     __syncthreads();
     for_each_row([&](int row, const float (&y)[kThreadColumns]) {
-      int32_t greatest = 0;
-#pragma unroll
-      for (int c = 0; c < kThreadColumns; ++c)
-        greatest = max(greatest, __float_as_int(y[c]) & 0x7fffffff);
-      greatest = __reduce_max_sync(mates_, greatest);
+      const int32_t greatest = magnitude_of(y);
       if (is_first_mate()) atomicMax(&smem_.magnitudes[scale_of(row)], greatest);
     });
     __syncthreads();
-    store_scales();
+    const int used = (count_ + layout_.rows - 1) / layout_.rows * layout_.scales;
+    for (int i = threadIdx.x; i < used; i += kQuantizeThreads) {
+      const float2 scale = scale_of_magnitude(smem_.magnitudes[i]);
+      smem_.factors[i] = scale.x;
+      scales[i] = scale.y;
+    }
     __syncthreads();
     for_each_row([&](int row, const float (&y)[kThreadColumns]) {
-      store_codes(row, y);
-      if (p_.smoothed.data != nullptr) store_smoothed(row, y);
+      store_row(row, y, smem_.factors[scale_of(row)]);
     });
   }
 
@@ -202,52 +210,52 @@ class TileQuantizer {
   __device__ void for_each_row(F&& f) const {
     const int rows_at_once = kQuantizeThreads / threads_of_row_;
     if (first_row_ >= rows_at_once) return;
-    const Element* from =
-        row_of<Element>(p_, place_, head_, place_.chunk * kQuantizeRows + first_row_) + column_;
-    const int64_t step = rows_at_once * p_.x.stride_row;
-    for (int first = first_row_; first < count_; first += kRowsInFlight * rows_at_once) {
-      float y[kRowsInFlight][kThreadColumns];
+    for (int row = first_row_; row < count_; row += rows_at_once) {
+      float y[kThreadColumns];
+      load_columns(row_of<Element>(p_, place_, head_, place_.chunk * kQuantizeRows + row) + column_,
+                   y);
+      if (p_.mean != nullptr) {
 #pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i, from += step)
-        if (first + i * rows_at_once < count_) load_columns(from, y[i]);
-#pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i) {
-        const int row = first + i * rows_at_once;
-        if (row >= count_) break;
-        if (p_.mean != nullptr) {
-#pragma unroll
-          for (int c = 0; c < kThreadColumns; ++c) y[i][c] = __fsub_rn(y[i][c], mean_[c]);
-        }
-        f(row, y[i]);
+        for (int c = 0; c < kThreadColumns; ++c) y[c] = __fsub_rn(y[c], mean_[c]);
       }
+      f(row, y);
     }
   }
 
-  __device__ void store_scales() {
-    const int used = (count_ + layout_.rows - 1) / layout_.rows * layout_.scales;
+  // Bits of the greatest |y| of the mates.
+  __device__ int32_t magnitude_of(const float (&y)[kThreadColumns]) const {
+    int32_t greatest = 0;
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; ++c)
+      greatest = max(greatest, __float_as_int(y[c]) & 0x7fffffff);
+    return __reduce_max_sync(mates_, greatest);
+  }
+
+  // The factor of numbers and the scale of codes.
+  __device__ float2 scale_of_magnitude(int32_t bits) const {
+    const float magnitude = __int_as_float(bits);
+    const float largest = static_cast<float>(largest_code(p_.bits));
+    if (!isfinite(magnitude)) return {0.0f, __int_as_float(0x7fc00000)};
+    if (magnitude < kSmallestMagnitude) return {0.0f, 0.0f};
+    return {__fdiv_rn(largest, magnitude), __fdiv_rn(magnitude, largest)};
+  }
+
+  // Where the scales of the tile's rows belong.
+  __device__ float* tile_scales() const {
     const bool packed = p_.cu_seqlens != nullptr;
     const int64_t line = packed ? head_ : place_.batch * p_.num_heads + head_;
     const int64_t first = packed ? slot_of(p_, place_, layout_.rows) : 0;
     const int64_t chunk = first + place_.chunk * (kQuantizeRows / layout_.rows);
-    float* const scales = p_.scales + line * p_.num_scales() + chunk * layout_.scales;
-    const float largest = static_cast<float>(largest_code(p_.bits));
-    for (int i = threadIdx.x; i < used; i += kQuantizeThreads) {
-      const float magnitude = __int_as_float(smem_.magnitudes[i]);
-      float factor = 0.0f;
-      float scale = 0.0f;
-      if (!isfinite(magnitude)) {
-        scale = __int_as_float(0x7fc00000);
-      } else if (magnitude >= kSmallestMagnitude) {
-        factor = __fdiv_rn(largest, magnitude);
-        scale = __fdiv_rn(magnitude, largest);
-      }
-      smem_.factors[i] = factor;
-      scales[i] = scale;
-    }
+    return p_.scales + line * p_.num_scales() + chunk * layout_.scales;
   }
 
-  __device__ void store_codes(int row, const float (&y)[kThreadColumns]) const {
-    uint2 codes = codes_of(y, smem_.factors[scale_of(row)]);
+  __device__ void store_row(int row, const float (&y)[kThreadColumns], float factor) const {
+    store_codes(row, y, factor);
+    if (p_.smoothed.data != nullptr) store_smoothed(row, y);
+  }
+
+  __device__ void store_codes(int row, const float (&y)[kThreadColumns], float factor) const {
+    uint2 codes = codes_of(y, factor);
     char* const out =
         static_cast<char*>(p_.codes.data) + place_.batch * p_.codes.stride_batch +
         head_ * p_.codes.stride_head +

@@ -34,15 +34,21 @@ __device__ void select_ranked(const SelectProblem& p, const SelectRow& row) {
   uint32_t high = 0;
   int forced = 0;
 #pragma unroll
+  for (int i = 0; i < kSteps; ++i) {  // all loads before the first is needed
+    const int column = row.begin() + i * kWarpThreads + lane;
+    ranks[i] = column < row.end() ? __float_as_uint(row.score(column)) : 0;
+  }
+#pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int column = row.begin() + i * kWarpThreads + lane;
+    const float score = __uint_as_float(ranks[i]);
     ranks[i] = 0;
     if (column >= row.end()) continue;
     if (row.is_forced(column)) {
       ranks[i] = kForced;
       ++forced;
     } else {
-      ranks[i] = score_order(row.score(column)) + 1;
+      ranks[i] = score_order(score) + 1;
       low = min(low, ranks[i]);
       high = max(high, ranks[i]);
     }
