@@ -1,11 +1,13 @@
-"""A paged KV cache for transformers' ``generate``, read by attnsieve's attention alone.
+"""KV caches for transformers' ``generate``.
 
     from attnsieve.integrations.transformers_cache import AttnsievePagedCache
 
     cache = AttnsievePagedCache(model.config, max_length=8192)
     model.generate(**inputs, past_key_values=cache)
 
-Rows are written in place instead of concatenated, and page bounds are kept for Quest.
+:class:`AttnsievePagedCache` is read by attnsieve's attention alone: rows are written in place
+instead of concatenated, and page bounds are kept for Quest. :class:`LowRankCache` holds everything
+in host memory, for ``use(decode=LowRank(offload=True))``.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from attnsieve.cache import CachedKV, PagedKVCache
+from attnsieve.offload import host_cache
 
-__all__ = ["AttnsievePagedCache", "PagedStates"]
+__all__ = ["AttnsievePagedCache", "LowRankCache", "PagedStates"]
 
 
 class PagedStates(Tensor):
@@ -156,3 +159,96 @@ class AttnsievePagedCache(Cache):
     @property
     def batch_size(self) -> int:
         return -1 if self.pages is None else len(self.pages.lengths)
+
+
+class _HostLayer(CacheLayerMixin):
+    """One layer's keys and values ``[B, Hkv, max_length, D]``, written in place."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, owner: LowRankCache) -> None:
+        super().__init__()
+        self.owner, self.length = owner, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.owner.allocate(key_states)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin, end = self.length, self.length + key_states.shape[2]
+        if end > self.owner.max_length:
+            raise ValueError(
+                f"LowRankCache: max_length is {self.owner.max_length}, {end} tokens came"
+            )
+        self.keys[:, :, begin:end] = key_states
+        self.values[:, :, begin:end] = value_states
+        self.length = end
+        if begin == 0:  # on the device already
+            return key_states, value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.owner.max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last ``-tokens_to_remove`` tokens back."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: expected a number of tokens <= 0, got {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            for rows in (self.keys, self.values):
+                rows.copy_(rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError("LowRankCache: the batch is fixed; use another cache")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise NotImplementedError("LowRankCache: the batch is fixed; use another cache")
+
+
+class LowRankCache(Cache):
+    """Keys and values of all layers in pinned host memory, as tensors of the model's device.
+
+    Any attention implementation reads them, over the host link; the method
+    ``LowRank(offload=True)`` of attnsieve reads proxies on the device and fetches only what it
+    attends to. A prompt is attended to on the device before it leaves. On a CPU the memory is
+    ordinary.
+
+    Args:
+        config: the model's; its number of layers.
+        max_length: tokens per sequence, prompt and generated. Memory for all layers is taken at
+            the first call; where there is none, that call raises and may be made again.
+
+    Sliding-window layers keep all their keys. More tokens than max_length raise ``ValueError``,
+    changes of the batch ``NotImplementedError``.
+    """
+
+    def __init__(self, config, max_length: int) -> None:
+        num_layers = config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(layers=[_HostLayer(self) for _ in range(num_layers)])
+        self.max_length = max_length
+
+    def allocate(self, key_states: Tensor) -> None:
+        """Takes the memory of every layer, by the first one's ``[B, Hkv, rows, D]``, or none."""
+        batch, heads, _, head_dim = key_states.shape
+        shape = batch, heads, self.max_length, head_dim
+        where = dict(dtype=key_states.dtype, device=key_states.device)
+        made = [host_cache(shape, **where) for _ in range(2 * len(self.layers))]
+        for layer, keys, values in zip(self.layers, made[::2], made[1::2], strict=True):
+            layer.keys, layer.values, layer.is_initialized = keys, values, True

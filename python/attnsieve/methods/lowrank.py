@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from attnsieve.cache import CachedKV
 from attnsieve.lowrank import LowRankFit, lowrank_fit
 from attnsieve.methods.decode import DecodeMethod, attend
-from attnsieve.methods.proxies import attend_to_best, side_cache
+from attnsieve.methods.proxies import attend_to_best, side_cache, with_room
+from attnsieve.offload import WorkingSet
+from attnsieve.ops_lowrank import low_rank_attention
 
 
 @dataclass(eq=False)
@@ -21,12 +24,20 @@ class LowRank(DecodeMethod):
     without a fit attend to everything.
 
     ``fits`` holds the projections by (sequence, layer) and is kept by :meth:`reset`; ``state``
-    holds the proxies, made from the cache at the first step and of new keys after it.
+    holds the proxies, made by a prefill, else from the cache at the first step, and of new keys
+    after it.
+
+    With ``offload`` the keys and values may lie in host memory
+    (:class:`attnsieve.integrations.transformers_cache.LowRankCache`): a step of one row copies what
+    it attends to into k slots a head on the device, where it was not attended to in the last steps
+    (``working_sets``, by (sequence, layer)). The results are the same. Steps of several rows, and
+    caches in pages, are attended to where they lie.
 
     Attributes:
         k: budget; the newest ``recent`` tokens are inside it.
         share: "kv_head", or "query_head" as published: see :func:`attnsieve.lowrank_fit`.
-        list_heads: "q" one list per query head, as published, "kv" (default) or "one".
+        list_heads: "q" one list per query head, as published, "kv" (default) or "one"; with
+            ``offload`` "kv".
     """
 
     k: int = 2048
@@ -35,13 +46,28 @@ class LowRank(DecodeMethod):
     share: str = "kv_head"
     method: str = "lrqk"
     list_heads: str = "kv"
+    offload: bool = False
     fits: dict[tuple[int, int], LowRankFit] = field(default_factory=dict, repr=False)
+    working_sets: dict[tuple[int, int], WorkingSet] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.offload and self.list_heads != "kv":
+            raise ValueError(f"list_heads: offload needs 'kv', got {self.list_heads!r}")
+
+    def reset(self) -> None:
+        super().reset()
+        self.working_sets.clear()
 
     def prefill(self, q, k, *, layer_idx=0, sequence=0, begin=0) -> None:
         place = sequence, layer_idx
         self.state.pop(place, None)
+        self.working_sets.pop(place, None)
         if begin == 0 or place not in self.fits:
             self.fits[place] = lowrank_fit(q, k, self.rank, share=self.share, method=self.method)
+        if begin == 0:
+            self.state[place] = with_room(self.fits[place].keys(k))
 
     def __call__(
         self, q, cache, *, layer_idx=0, sequence=0, softmax_scale=None, sink=None
@@ -51,6 +77,19 @@ class LowRank(DecodeMethod):
         if fit is None:
             return attend(q, cache, None, **options)
         proxies = side_cache(self.state, (sequence, layer_idx), cache, q, fit.keys)
+        if self.offload and q.shape[2] == 1 and cache.block_table is None:
+            return low_rank_attention(
+                q,
+                cache.k_cache,
+                cache.v_cache,
+                projection=fit.to_q,
+                proxy=proxies,
+                k=self.k,
+                recent_tokens=min(self.recent, self.k),
+                working_set=self._working_set((sequence, layer_idx), q, cache),
+                seq_lens=cache.seq_lens,
+                **options,
+            )
         return attend_to_best(
             q,
             cache,
@@ -61,3 +100,23 @@ class LowRank(DecodeMethod):
             list_heads=self.list_heads,
             **options,
         )
+
+    def _working_set(self, place: tuple[int, int], q: Tensor, cache: CachedKV) -> WorkingSet:
+        held = self.working_sets.get(place)
+        if held is None:
+            shape = q.shape[0], cache.num_kv_heads, self.k, q.shape[3]
+            held = WorkingSet(*shape, dtype=cache.k_cache.dtype, device=q.device)
+            self.working_sets[place] = held
+        return held
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens attended to that were in a slot; synchronises."""
+        moved = [held.moved.tolist() for held in self.working_sets.values()]
+        wanted, copied = (sum(numbers) for numbers in zip(*moved, strict=True)) if moved else (0, 0)
+        return 1.0 - copied / wanted if wanted else 1.0
+
+    @property
+    def bytes_moved(self) -> int:
+        """Copied into slots; synchronises."""
+        return sum(held.bytes_moved for held in self.working_sets.values())

@@ -38,8 +38,8 @@ def side_cache(
     if held is None or held.shape[0] != batch or held.shape[2] < capacity:
         every = torch.arange(capacity, device=q.device).expand(batch, -1)
         held = numbers_of(keys_at(cache, every, q.dtype))
-        room = capacity // 4 + 1 if cache.block_table is None else 0
-        held = torch.nn.functional.pad(held, (0, 0, 0, room))
+        if cache.block_table is None:
+            held = with_room(held)
         state[place] = held
         return held[:, :, :capacity]
     newest = cache.lengths(batch).long()[:, None] - rows + torch.arange(rows, device=q.device)
@@ -48,6 +48,11 @@ def side_cache(
     places = newest[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
     held.scatter_(2, places, numbers)
     return held[:, :, :capacity]
+
+
+def with_room(numbers: Tensor) -> Tensor:
+    """A quarter more rows ``[B, H, n, r]`` for keys to come."""
+    return torch.nn.functional.pad(numbers, (0, 0, 0, numbers.shape[2] // 4 + 1))
 
 
 def attend_to_best(
