@@ -79,7 +79,7 @@ def test_steps_of_several_rows_and_rejected_tokens(device):
                     cache.crop(rows)
                 else:
                     # Other tokens than the rejected ones, at their positions.
-                    part = ids[:, at : at + rows].roll(len(found), 0)
+                    part = (ids[:, at : at + rows] + len(found)) % 90
                     found.append(model(input_ids=part, past_key_values=cache).logits)
                 at += rows
         logits.append(torch.cat(found, 1))
