@@ -80,7 +80,9 @@ def _offload(name: str, batch: int, steps: int = 64) -> dict:
         torch.randn(KV_HEADS, DIM, RANK, device="cuda", dtype=torch.bfloat16) for _ in range(2)
     )
     proxy = k @ to_k
-    hosts = [attnsieve.host_cache(x.shape, dtype=x.dtype) for x in (k, v)]
+    # A token's key and value side by side, as LowRankCache has them.
+    both = attnsieve.host_cache((*k.shape[:3], 2, DIM), dtype=k.dtype)
+    hosts = both.unbind(3)
     for host, x in zip(hosts, (k, v), strict=True):
         host.copy_(x)
     pinned = torch.empty(k.shape, dtype=k.dtype, pin_memory=True)

@@ -181,6 +181,19 @@ def test_bfloat16_rows_are_taken_as_they_are(device):
     assert fit.keys(k).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_16_bit_rows(device, dtype):
+    """Their Gram matrices may be float32 sums: products of projections stay what they stand for."""
+    q, k = (x.to(dtype) for x in _tensors(device, rows=(1300, 17000), dim=64, dtype=torch.float32))
+    fits = [lowrank_fit(x, y, 16) for x, y in ((q, k), (q.double(), k.double()))]
+    got, want = (fit.to_q.double() @ fit.to_k.double().mT for fit in fits)
+    assert float((got - want).norm() / want.norm()) < 1e-3
+    for rows in (q[:, :, :, :1].expand(-1, -1, -1, 64), torch.zeros_like(q)):  # rank 1, rank 0
+        fit = lowrank_fit(rows, rows[:, : k.shape[1]], 16)
+        for part in (fit.to_q, fit.to_k, fit.from_q, fit.from_k):
+            assert part.isfinite().all()
+
+
 def _published_step(fit, q, k, keys, proxies, iterations):
     """One head's step with inverses updated by Sherman and Morrison's formula, and exact steps."""
     bq, bk = fit

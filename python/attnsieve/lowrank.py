@@ -14,8 +14,11 @@ from torch import Tensor
 
 # Rows whose Gram matrix is computed at once: float64 copies of 32 heads of 128 take 128 MB.
 _CHUNK = 4096
-# Added to the diagonal of an r x r matrix, relative to its mean: singular ones stay solvable.
-_RIDGE = 1e-10
+# Rows that tensor cores add in float32, to 1e-6 of the diagonal; and how many of these at once.
+_NARROW_ROWS, _NARROW_CHUNKS = 512, 32
+# Added to the diagonal of an r x r matrix, relative to its mean: singular ones stay solvable. The
+# second to that of a Gram matrix of float32 sums, whose rounding could make it indefinite.
+_RIDGE, _NARROW_RIDGE = 1e-10, 1e-5
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def lowrank_fit(
 
     Args:
         q: ``[B, Hq, Sq, D]``; k: ``[B, Hkv, Sk, D]``, after RoPE. Any floating dtype; everything is
-            computed in float64.
+            computed in float64, but for 512 rows at a time of 16-bit inputs on a GPU, whose
+            products are added in float32 (to 1e-6 of a Gram matrix's diagonal, which gains 1e-5).
         rank: r, from 1 to D.
         share: ``"kv_head"``, one fit for the query heads of a group, to the mean of their Gram
             matrices: a key then has r numbers; ``"query_head"``, as published: r for each of them.
@@ -225,15 +229,30 @@ def of_heads(x: Tensor, heads: int) -> Tensor:
 def _gram(x: Tensor) -> Tensor:
     """``X^T X`` of ``[B, H, S, D]``, float64."""
     total = x.new_zeros((*x.shape[:2], x.shape[3], x.shape[3]), dtype=torch.float64)
+    if _is_narrow(x):
+        whole = x.shape[2] // _NARROW_ROWS * _NARROW_ROWS
+        for part in x[:, :, :whole].split(_NARROW_ROWS * _NARROW_CHUNKS, 2):
+            chunks = part.unflatten(2, (-1, _NARROW_ROWS))
+            rows = chunks.flatten(0, 2)
+            sums = torch.bmm(rows.mT, rows, out_dtype=torch.float32)
+            total += sums.unflatten(0, chunks.shape[:3]).sum(2, dtype=torch.float64)
+        diagonal = total.diagonal(dim1=2, dim2=3)
+        diagonal += _NARROW_RIDGE * diagonal.mean(2, keepdim=True)
+        x = x[:, :, whole:]
     for part in x.split(_CHUNK, 2):
         part = part.double()
         total += part.transpose(2, 3) @ part
     return total
 
 
+def _is_narrow(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
 def _column_weights(x: Tensor) -> Tensor:
+    rows = _CHUNK if x.device.type == "cpu" else x.shape[2]  # there a copy in float64
     return sum(
-        (part.abs().sum(2, dtype=torch.float64) for part in x.split(_CHUNK, 2)),
+        (torch.linalg.vector_norm(part, 1, 2, dtype=torch.float64) for part in x.split(rows, 2)),
         start=x.new_zeros((*x.shape[:2], x.shape[3]), dtype=torch.float64),
     )
 

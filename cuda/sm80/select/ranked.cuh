@@ -41,17 +41,13 @@ __device__ void select_ranked(const SelectProblem& p, const SelectRow& row) {
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int column = row.begin() + i * kWarpThreads + lane;
-    const float score = __uint_as_float(ranks[i]);
-    ranks[i] = 0;
-    if (column >= row.end()) continue;
-    if (row.is_forced(column)) {
-      ranks[i] = kForced;
-      ++forced;
-    } else {
-      ranks[i] = score_order(score) + 1;
-      low = min(low, ranks[i]);
-      high = max(high, ranks[i]);
-    }
+    const bool exists = column < row.end();
+    const bool is_forced = exists && row.is_forced(column);
+    const uint32_t rank = score_order(__uint_as_float(ranks[i])) + 1;
+    low = min(low, exists && !is_forced ? rank : kForced);
+    high = max(high, exists && !is_forced ? rank : 0);
+    forced += is_forced;
+    ranks[i] = is_forced ? kForced : exists ? rank : 0;
   }
   forced = __reduce_add_sync(0xffffffffu, forced);
   const int budget = row.budget(p, forced);
@@ -75,23 +71,34 @@ __device__ void select_ranked(const SelectProblem& p, const SelectRow& row) {
     bound = low;
   }
   // `count` blocks are at the bound or above: of those at it the last are too many.
-  int equal = 0;  // that are kept
-  if (count > budget) equal = budget - count_from(ranks, bound + 1);
+  const int equal =
+      count > budget ? budget - count_from(ranks, bound + 1) : count;  // that are kept
 
+  // A bit for each block of the lane; in bits a loop over blocks need not be unrolled.
+  constexpr int kWords = (kSteps + 31) / 32;
+  uint32_t above[kWords] = {};
+  uint32_t tied[kWords] = {};
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    above[i / 32] |= ranks[i] > bound ? 1u << i % 32 : 0u;
+    tied[i / 32] |= ranks[i] == bound ? 1u << i % 32 : 0u;
+  }
   const uint32_t before = (1u << lane) - 1;
   int written = 0;
   int seen = 0;
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    bool keep = ranks[i] >= bound;
-    if (count > budget) {
-      const uint32_t ties = __ballot_sync(0xffffffffu, ranks[i] == bound);
-      keep = ranks[i] > bound || (keep && seen + __popc(ties & before) < equal);
+  for (int word = 0; word < kWords; ++word) {
+    const int first = row.begin() + word * 32 * kWarpThreads;
+#pragma unroll 1
+    for (int i = 0; i < min(kSteps, 32) && first + i * kWarpThreads < row.end(); ++i) {
+      const uint32_t ties = __ballot_sync(0xffffffffu, tied[word] >> i & 1);
+      const bool first_ties = seen + __popc(ties & before) < equal;
+      const bool keep = (above[word] >> i & 1) != 0 || ((tied[word] >> i & 1) != 0 && first_ties);
       seen += __popc(ties);
+      const uint32_t kept = __ballot_sync(0xffffffffu, keep);
+      if (keep) row.put(written + __popc(kept & before), first + i * kWarpThreads + lane);
+      written += __popc(kept);
     }
-    const uint32_t kept = __ballot_sync(0xffffffffu, keep);
-    if (keep) row.put(written + __popc(kept & before), row.begin() + i * kWarpThreads + lane);
-    written += __popc(kept);
   }
   row.finish(written, lane, kWarpThreads);
 }

@@ -247,8 +247,10 @@ class LowRankCache(Cache):
     def allocate(self, key_states: Tensor) -> None:
         """Takes the memory of every layer, by the first one's ``[B, Hkv, rows, D]``, or none."""
         batch, heads, _, head_dim = key_states.shape
-        shape = batch, heads, self.max_length, head_dim
+        # A token's key and value side by side: what is fetched lies in one page of the host.
+        shape = batch, heads, self.max_length, 2, head_dim
         where = dict(dtype=key_states.dtype, device=key_states.device)
-        made = [host_cache(shape, **where) for _ in range(2 * len(self.layers))]
-        for layer, keys, values in zip(self.layers, made[::2], made[1::2], strict=True):
-            layer.keys, layer.values, layer.is_initialized = keys, values, True
+        made = [host_cache(shape, **where) for _ in self.layers]
+        for layer, both in zip(self.layers, made, strict=True):
+            layer.keys, layer.values = both.unbind(3)
+            layer.is_initialized = True
