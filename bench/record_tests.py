@@ -68,6 +68,7 @@ DECODE_OPS = {
         "tests/test_estimate_block_scores.py",
         "cuda and (masks or sampled or not_finite or overflow)",
     ),
+    "fetch_tokens": ("tests/test_offload.py", "cuda and (rule or canonical)"),
     "threshold_decode": (
         "tests/test_threshold_decode_rules.py",
         "sm_80 and (dealt_in_turn or ragged or without_a_page or never_matters)",

@@ -250,9 +250,10 @@ def _is_narrow(x: Tensor) -> bool:
 
 
 def _column_weights(x: Tensor) -> Tensor:
-    rows = _CHUNK if x.device.type == "cpu" else x.shape[2]  # there a copy in float64
+    if _is_narrow(x):
+        return torch.linalg.vector_norm(x, 1, 2, dtype=torch.float32).double()
     return sum(
-        (torch.linalg.vector_norm(part, 1, 2, dtype=torch.float64) for part in x.split(rows, 2)),
+        (torch.linalg.vector_norm(part, 1, 2, dtype=torch.float64) for part in x.split(_CHUNK, 2)),
         start=x.new_zeros((*x.shape[:2], x.shape[3]), dtype=torch.float64),
     )
 

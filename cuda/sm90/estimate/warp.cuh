@@ -68,6 +68,7 @@ class EstimateWarp {
         if (sequence.threshold != nullptr) {
           numbers.y =
               sequence.threshold[head * p_.threshold.stride_head + row * p_.threshold.stride_row];
+          if (p_.bits != nullptr) numbers.y = bit_threshold(numbers.y);
         }
       }
       if (lane_ % 4 == 0)
@@ -128,37 +129,10 @@ class EstimateWarp {
   template <bool kMasked, bool kBits>
   __device__ __forceinline__ void reduce(const Products& products, int fragment, int unit,
                                          int tile) {
-    constexpr int kUnits = Config::kTileUnits;
-    const bool first = fragment * 16 % Config::kBlockRows == 0;
-    const bool last = (fragment + 1) * 16 % Config::kBlockRows == 0;
-    float below[kUnits];  // of the lower eight rows, where those are a q-block of their own
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const float upper = value_of<kMasked>(products, u, 0, numbers_[0]);
-      const float lower = value_of<kMasked>(products, u, 1, numbers_[1]);
-      if constexpr (Config::kBlockRows == 8) {
-        best_[u] = upper;
-        below[u] = lower;
-      } else {
-        const float both = max_nan(upper, lower);
-        best_[u] = first || kMasked ? both : max_nan(best_[u], both);
-      }
-    }
-    const int block = fragment * 16 / Config::kBlockRows;
-    const auto keep = [&](const float (&best)[kUnits], int of_block, bool is_first) {
-      if constexpr (kBits) {
-        store_marks(best, of_block, unit / kUnits + tile, is_first);
-      } else {
-        store_maxima(best, of_block, unit + tile * kUnits, is_first);
-      }
-    };
-    if constexpr (Config::kBlockRows == 8) {
-      keep(best_, block, true);
-      keep(below, block + 1, true);
-    } else if constexpr (kMasked) {
-      keep(best_, block, first);  // at once: masked products need many registers
-    } else if (last) {
-      keep(best_, block, true);
+    if constexpr (kBits) {
+      reduce_bits<kMasked>(products, fragment, unit / Config::kTileUnits + tile);
+    } else {
+      reduce_maxima<kMasked>(products, fragment, unit + tile * Config::kTileUnits);
     }
   }
 
@@ -250,14 +224,73 @@ class EstimateWarp {
            m % Config::kBlockRows * p_.row_stride;
   }
 
-  // The marks of a q-block's units in a tile, where some lane has a number above 0, or NaN; of its
-  // first rows or of more.
-  __device__ __forceinline__ void store_marks(const float (&best)[Config::kTileUnits], int block,
+  // `unit`: of those stored together.
+  template <bool kMasked>
+  __device__ __forceinline__ void reduce_maxima(const Products& products, int fragment, int unit) {
+    constexpr int kUnits = Config::kTileUnits;
+    const bool first = fragment * 16 % Config::kBlockRows == 0;
+    const bool last = (fragment + 1) * 16 % Config::kBlockRows == 0;
+    float below[kUnits];  // of the lower eight rows, where those are a q-block of their own
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const float upper = value_of<kMasked>(products, u, 0, numbers_[0]);
+      const float lower = value_of<kMasked>(products, u, 1, numbers_[1]);
+      if constexpr (Config::kBlockRows == 8) {
+        best_[u] = upper;
+        below[u] = lower;
+      } else {
+        const float both = max_nan(upper, lower);
+        best_[u] = first || kMasked ? both : max_nan(best_[u], both);
+      }
+    }
+    const int block = fragment * 16 / Config::kBlockRows;
+    if constexpr (Config::kBlockRows == 8) {
+      store_maxima(best_, block, unit, true);
+      store_maxima(below, block + 1, unit, true);
+    } else if constexpr (kMasked) {
+      store_maxima(best_, block, unit, first);  // at once: masked products need many registers
+    } else if (last) {
+      store_maxima(best_, block, unit, true);
+    }
+  }
+
+  // The same for bits. `tile`: of those stored together.
+  template <bool kMasked>
+  __device__ __forceinline__ void reduce_bits(const Products& products, int fragment, int tile) {
+    constexpr int kUnits = Config::kTileUnits;
+    const bool first = fragment * 16 % Config::kBlockRows == 0;
+    const bool last = (fragment + 1) * 16 % Config::kBlockRows == 0;
+    bool below[kUnits];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const bool upper = passes<kMasked>(products, u, 0, numbers_[0]);
+      const bool lower = passes<kMasked>(products, u, 1, numbers_[1]);
+      if constexpr (Config::kBlockRows == 8) {
+        passed_[u] = upper;
+        below[u] = lower;
+      } else {
+        passed_[u] = upper || lower || (!first && !kMasked && passed_[u]);
+      }
+    }
+    const int block = fragment * 16 / Config::kBlockRows;
+    if constexpr (Config::kBlockRows == 8) {
+      store_marks(passed_, block, tile, true);
+      store_marks(below, block + 1, tile, true);
+    } else if constexpr (kMasked) {
+      store_marks(passed_, block, tile, first);
+    } else if (last) {
+      store_marks(passed_, block, tile, true);
+    }
+  }
+
+  // The marks of a q-block's units in a tile, those that pass in some lane; of its first rows or of
+  // more.
+  __device__ __forceinline__ void store_marks(const bool (&passed)[Config::kTileUnits], int block,
                                               int tile, bool first) {
     uint32_t marks = 0;
 #pragma unroll
     for (int u = 0; u < Config::kTileUnits; ++u)
-      marks |= __any_sync(0xffffffffu, !(best[u] <= 0.0f)) ? 1u << u : 0u;
+      marks |= __any_sync(0xffffffffu, passed[u]) ? 1u << u : 0u;
     if (lane_ != 0) return;
     uint32_t& to = smem_.marks[warp_][block][tile];
     to = first ? marks : to | marks;
@@ -280,21 +313,45 @@ class EstimateWarp {
     }
   }
 
-  // The greatest estimate of a lane's row with its keys of a unit.
-  template <bool kMasked>
-  __device__ __forceinline__ float value_of(const Products& products, int unit, int half,
-                                            float2 numbers) const {
+  // The greatest product of a lane's row with its keys of a unit.
+  __device__ __forceinline__ int32_t greatest_of(const Products& products, int unit,
+                                                 int half) const {
     constexpr int kPairs = Config::kUnitKeys / 8;
     const auto at = [&](int i) { return products((unit * kPairs + i / 2) * 4 + half * 2 + i % 2); };
-    int32_t greatest = max(__vimax3_s32(at(0), at(1), at(2)), at(3));
     if constexpr (kPairs == 4) {
       const int32_t first = __vimax3_s32(at(0), at(1), at(2));
       const int32_t second = __vimax3_s32(at(3), at(4), at(5));
-      greatest = max(__vimax3_s32(first, second, at(6)), at(7));
+      return max(__vimax3_s32(first, second, at(6)), at(7));
     }
+    return max(__vimax3_s32(at(0), at(1), at(2)), at(3));
+  }
+
+  // The greatest estimate, less the row's threshold.
+  template <bool kMasked>
+  __device__ __forceinline__ float value_of(const Products& products, int unit, int half,
+                                            float2 numbers) const {
+    const int32_t greatest = greatest_of(products, unit, half);
     const float factor = __fmul_rn(numbers.x, scales_[unit]);
     const float value = __fsub_rn(__fmul_rn(static_cast<float>(greatest), factor), numbers.y);
     return kMasked && greatest == kUnseen ? negative_infinity() : value;
+  }
+
+  // Whether that is above 0 or NaN. A difference of finite numbers is above 0 where the first is
+  // the greater one; bit_threshold() sees to the others.
+  template <bool kMasked>
+  __device__ __forceinline__ bool passes(const Products& products, int unit, int half,
+                                         float2 numbers) const {
+    const int32_t greatest = greatest_of(products, unit, half);
+    const float factor = __fmul_rn(numbers.x, scales_[unit]);
+    const bool above = !(__fmul_rn(static_cast<float>(greatest), factor) <= numbers.y);
+    return above && !(kMasked && greatest == kUnseen);
+  }
+
+  // What an estimate is compared with where its difference to a threshold would be: an infinite one
+  // exceeds +inf (NaN), and all exceed -inf.
+  static __device__ float bit_threshold(float threshold) {
+    if (threshold == negative_infinity()) return __int_as_float(0x7fc00000);
+    return threshold == -negative_infinity() ? __int_as_float(0x7f7fffff) : threshold;
   }
 
  public:
@@ -327,6 +384,7 @@ class EstimateWarp {
   float2 numbers_[2];                 // factors and thresholds of the lane's rows of a fragment
   alignas(16) float scales_[Config::kTileUnits];  // of the lane's keys of a tile
   float best_[Config::kTileUnits];    // of the lane's rows of a q-block with these
+  bool passed_[Config::kTileUnits];   // the same of bits
   decltype(make_tensor<int8_t>(
       Shape<Shape<_4, _2, _2>, _1, Int<Config::kFragments>, Int<Config::kSteps>>{})) rows_;
 };
