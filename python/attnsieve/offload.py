@@ -91,7 +91,7 @@ class WorkingSet:
         *,
         first_new: Tensor | None = None,
     ) -> TokenIndex:
-        """Brings the tokens of ``index`` into slots; one or two launches, nothing synchronises.
+        """Brings the tokens of ``index`` into slots: two launches, nothing synchronises.
 
         Args:
             index: tokens, a list per sequence and KV head, as :func:`attnsieve.select_topk` makes
