@@ -10,14 +10,13 @@ the whole logit does, and they are those of the head, not of the text (FASA, arX
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from attnsieve._records import read_record, write_record
 from attnsieve.rotary import from_pairs, to_pairs
 
 __all__ = ["SHARES", "FASACalibration", "contextual_agreement", "dominant_dims"]
@@ -60,8 +59,7 @@ class FASACalibration:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the calibration as JSON."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_record(path, self, SCHEMA)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> FASACalibration:
@@ -71,23 +69,7 @@ class FASACalibration:
             OSError: the file cannot be read.
             ValueError: it is not a calibration of this schema; the text names what is wrong.
         """
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or record.pop("schema", None) != SCHEMA:
-                raise ValueError(f"schema: expected {SCHEMA}")
-            names = {field.name for field in fields(cls)}
-            for word, keys in (
-                ("missing", names - record.keys()),
-                ("unknown", record.keys() - names),
-            ):
-                if keys:
-                    raise ValueError(f"{word} {', '.join(sorted(keys))}")
-            record["agreement"] = tuple(
-                tuple(tuple(map(float, head)) for head in layer) for layer in record["agreement"]
-            )
-            return cls(**record | {"lengths": tuple(record["lengths"])})
-        except (ValueError, TypeError) as error:  # of JSON and of UTF-8 too
-            raise ValueError(f"{path}: not a calibration: {error}") from error
+        return read_record(path, cls, SCHEMA, ("agreement",))
 
 
 def contextual_agreement(

@@ -11,14 +11,13 @@ attention than a budget, and leave heads dense that reach the end of the range.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from attnsieve._records import read_record, write_record
 from attnsieve.ops import block_sparse_attention
 from attnsieve.ops_estimate import LOCAL_TOKENS, SINK_TOKENS, quantized_estimate_attention
 
@@ -74,8 +73,7 @@ class TauCalibration:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the calibration as JSON."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_record(path, self, SCHEMA)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> TauCalibration:
@@ -85,22 +83,7 @@ class TauCalibration:
             OSError: the file cannot be read.
             ValueError: it is not a calibration of this schema; the text names what is wrong.
         """
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or record.pop("schema", None) != SCHEMA:
-                raise ValueError(f"schema: expected {SCHEMA}")
-            names = {field.name for field in fields(cls)}
-            for word, keys in (
-                ("missing", names - record.keys()),
-                ("unknown", record.keys() - names),
-            ):
-                if keys:
-                    raise ValueError(f"{word} {', '.join(sorted(keys))}")
-            for name in ("taus", "errors"):
-                record[name] = tuple(tuple(map(float, layer)) for layer in record[name])
-            return cls(**record | {"lengths": tuple(record["lengths"])})
-        except (ValueError, TypeError) as error:  # of JSON and of UTF-8 too
-            raise ValueError(f"{path}: not a calibration: {error}") from error
+        return read_record(path, cls, SCHEMA, ("taus", "errors"))
 
 
 def search_tau(

@@ -12,6 +12,8 @@ in host memory, for ``use(decode=LowRank(offload=True))``.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -54,16 +56,52 @@ class PagedStates(Tensor):
         )
 
 
-class _Layer(CacheLayerMixin):
-    """One layer's part of a cache whose pages and lengths all layers share."""
+class _OwnedLayer(CacheLayerMixin):
+    """One layer's part of a cache that takes memory for ``max_length`` tokens of a fixed batch."""
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, owner: AttnsievePagedCache, layer_idx: int) -> None:
+    def __init__(self, owner: Cache) -> None:
         super().__init__()
-        self.owner, self.layer_idx, self.length = owner, layer_idx, 0
+        self.owner, self.length = owner, 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.owner.max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last ``-tokens_to_remove`` tokens back."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: expected a number of tokens <= 0, got {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._refuse_another_batch()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._refuse_another_batch()
+
+    def _refuse_another_batch(self) -> NoReturn:
+        name = type(self.owner).__name__
+        raise NotImplementedError(f"{name}: the batch is fixed; use another cache")
+
+
+class _PagedLayer(_OwnedLayer):
+    """One layer's part of a cache whose pages and lengths all layers share."""
+
+    def __init__(self, owner: AttnsievePagedCache, layer_idx: int) -> None:
+        super().__init__(owner)
+        self.layer_idx = layer_idx
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.owner.allocate(key_states)
@@ -81,38 +119,19 @@ class _Layer(CacheLayerMixin):
         cache = pages.layer(self.layer_idx)
         return tuple(PagedStates(cache, x, self.length) for x in (key_states, value_states))
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return self.owner.max_length
-
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last ``-tokens_to_remove`` tokens back."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop: expected a number of tokens <= 0, got {tokens_to_remove}")
-        if not self.is_initialized:
-            return
-        self.length += tokens_to_remove
-        if self.owner.pages.lengths[0] > self.length:  # the first layer trims for all
-            self.owner.pages.trim(-tokens_to_remove)
+        super().crop(tokens_to_remove)
+        if self.is_initialized and self.owner.pages.lengths[0] > self.length:
+            # The first layer trims for all.
+            self.owner.pages.trim(self.owner.pages.lengths[0] - self.length)
 
     def reset(self) -> None:
-        self.length = 0
+        super().reset()
         if self.is_initialized and self.owner.pages.lengths[0] > 0:
             self.owner.pages.free()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError("AttnsievePagedCache: beam search needs another cache")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("AttnsievePagedCache: the batch is fixed; use another cache")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise NotImplementedError("AttnsievePagedCache: the batch is fixed; use another cache")
 
 
 class AttnsievePagedCache(Cache):
@@ -133,7 +152,7 @@ class AttnsievePagedCache(Cache):
 
     def __init__(self, config, max_length: int, page_size: int = 16) -> None:
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[_Layer(self, i) for i in range(num_layers)])
+        super().__init__(layers=[_PagedLayer(self, i) for i in range(num_layers)])
         self.max_length, self.page_size = max_length, page_size
         self.pages: PagedKVCache | None = None
 
@@ -161,16 +180,8 @@ class AttnsievePagedCache(Cache):
         return -1 if self.pages is None else len(self.pages.lengths)
 
 
-class _HostLayer(CacheLayerMixin):
+class _HostLayer(_OwnedLayer):
     """One layer's keys and values ``[B, Hkv, max_length, D]``, written in place."""
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, owner: LowRankCache) -> None:
-        super().__init__()
-        self.owner, self.length = owner, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.owner.allocate(key_states)
@@ -192,34 +203,10 @@ class _HostLayer(CacheLayerMixin):
             return key_states, value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return self.owner.max_length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last ``-tokens_to_remove`` tokens back."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop: expected a number of tokens <= 0, got {tokens_to_remove}")
-        self.length = max(0, self.length + tokens_to_remove)
-
-    def reset(self) -> None:
-        self.length = 0
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
             for rows in (self.keys, self.values):
                 rows.copy_(rows.index_select(0, beam_idx.to(rows.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("LowRankCache: the batch is fixed; use another cache")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise NotImplementedError("LowRankCache: the batch is fixed; use another cache")
 
 
 class LowRankCache(Cache):
