@@ -24,8 +24,8 @@ class LowRank(DecodeMethod):
     without a fit attend to everything.
 
     ``fits`` holds the projections by (sequence, layer) and is kept by :meth:`reset`; ``state``
-    holds the proxies, made by a prefill, else from the cache at the first step, and of new keys
-    after it.
+    holds the proxies, made from the cache at the first step, with ``offload`` by the prefill, and
+    of new keys after it.
 
     With ``offload`` the keys and values may lie in host memory
     (:class:`attnsieve.integrations.transformers_cache.LowRankCache`): a step of one row copies what
@@ -66,7 +66,7 @@ class LowRank(DecodeMethod):
         self.working_sets.pop(place, None)
         if begin == 0 or place not in self.fits:
             self.fits[place] = lowrank_fit(q, k, self.rank, share=self.share, method=self.method)
-        if begin == 0:
+        if begin == 0 and self.offload:  # while the keys are on the device
             self.state[place] = with_room(self.fits[place].keys(k))
 
     def __call__(
