@@ -122,8 +122,19 @@ def low_rank(problem):
     return out, lse, index.indices, index.counts
 
 
+def fetch(problem):
+    """Two steps of a working set over keys and values; the lists are the first columns' of k."""
+    _, k, v = problem.args[:3]
+    held = attnsieve.WorkingSet(*k.shape[:2], 100, k.shape[3], dtype=k.dtype, device="cuda")
+    places = []
+    for column in (0, 1):
+        index = attnsieve.select_topk(k[..., column].float(), 80)
+        places.append(held.fetch(index, k, v).indices)
+    return *places, held.slots, held.k, held.v, held.moved
+
+
 OPS = (attend, walk, select, select_and_attend, attend_small_blocks, merge, select_tokens, decode)
-OPS = (*OPS, skip_tiles, score_tokens, append, quantize, estimate, low_rank)
+OPS = (*OPS, skip_tiles, score_tokens, append, quantize, estimate, low_rank, fetch)
 
 
 def problem_of(seed):

@@ -38,6 +38,9 @@ SCHEMAS = {
     "quantize_blocks": "attnsieve::quantize_blocks(Tensor x, Tensor? cu_seqlens, int bits, "
     "int scale_rows, int block_rows, bool smooth, Tensor(a!)? smoothed=None) "
     "-> (Tensor codes, Tensor scales, Tensor mean)",
+    "fetch_tokens": "attnsieve::fetch_tokens(Tensor indices, Tensor counts, Tensor k, Tensor v, "
+    "Tensor(a!) slots, Tensor(b!) k_slots, Tensor(c!) v_slots, Tensor? first_new, "
+    "Tensor(d!)? moved) -> Tensor positions",
 }
 
 
@@ -175,12 +178,31 @@ def quantize_samples():
     }
 
 
+def fetch_samples():
+    both = randn((2, 3, 50, 2, 64))  # keys and values side by side
+    caches = both[..., 0, :], both[..., 1, :]
+    indices = torch.arange(0, 40, 8).expand(2, 3, -1).int().contiguous()
+    counts = torch.tensor([[5, 0, 3], [1, 5, 5]]).int()
+    slots = torch.full((2, 3, 8), -1).int()
+    slots[0] = torch.tensor([16, 3, 0, -1, 49, 8, 4, 1])
+    sets = slots, *(torch.zeros(2, 3, 8, 64) for _ in range(2))
+    return {
+        "lists": (indices, counts, *caches, *sets, None, None),
+        "new tokens, counters": (
+            *(indices, counts, *caches, *sets, torch.tensor([5, 50]).int()),
+            torch.zeros(2, dtype=torch.int64),
+        ),
+        "empty": (*(x[:0].clone() for x in (indices, counts, *caches, *sets)), None, None),
+    }
+
+
 SAMPLES = {
     "decode": decode_samples(),
     "threshold_decode": threshold_decode_samples(),
     "proxy_scores": proxy_samples(),
     "append_kv": append_samples(),
     "quantize_blocks": quantize_samples(),
+    "fetch_tokens": fetch_samples(),
     "select_topk": topk_samples(),
     "select_threshold": threshold_samples(),
 }
@@ -240,7 +262,9 @@ def choose(scores, seq_lens, limits, q, k):
     ]
     coded = attnsieve.quantize_blocks(k, scale_rows=16)
     codes = (coded.codes, coded.scales, coded.mean)
-    return best, above, passed, out, lse, pages, *cache, bounds, whole, kept, skipping, codes
+    held = attnsieve.WorkingSet(2, 3, 8, 64, dtype=k.dtype, device=k.device)
+    slots = held.fetch(best, k, k, first_new=seq_lens), held.slots, held.k, held.moved
+    return best, above, passed, out, lse, pages, *cache, bounds, whole, kept, skipping, codes, slots
 
 
 def arguments(columns):
