@@ -197,6 +197,25 @@ def test_numbers_that_underflow(device, bits, power):
     assert (found.abs() < 2.0 ** (2 * power + 8)).all() and found.any()
 
 
+@pytest.mark.parametrize("out", ["bits", "maxima"])
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_thresholds_that_are_not_finite(device, scale, out):
+    """Infinite ones, with infinite estimates too: a difference that is NaN counts as above."""
+    rows, keys = (randn((1, 1, 128, 64), torch.float32, seed=s) * scale for s in (3, 4))
+    limits = torch.zeros(1, 1, 128)
+    for block, limit in enumerate((INF, -INF, NAN, 0.0)):
+        limits[..., 32 * block : 32 * block + 32] = limit
+    for first in (0, 64):  # of each half of the rows one kind, then both
+        for some in (limits, limits.roll(32, -1), limits[..., first].expand_as(limits)):
+            q = attnsieve.quantize_blocks(rows.to(device), smooth=False)
+            k = attnsieve.quantize_blocks(keys.to(device), smooth=False, scale_rows=16)
+            options = dict(block_k=16, softmax_scale=scale, bits=out == "bits", causal=True)
+            some = some.contiguous().to(device)
+            found = attnsieve.estimate_block_scores(q, k, threshold=some, **options)
+            want = reference.estimate_block_scores(q, k, threshold=some, **options)
+            assert_bitwise(found, want)
+
+
 def test_empty(device):
     none = one_head(device, torch.zeros(0, 64), torch.zeros(70, 64))
     assert none.shape == (0, 2)

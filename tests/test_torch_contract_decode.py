@@ -182,17 +182,17 @@ def fetch_samples():
     both = randn((2, 3, 50, 2, 64))  # keys and values side by side
     caches = both[..., 0, :], both[..., 1, :]
     indices = torch.arange(0, 40, 8).expand(2, 3, -1).int().contiguous()
-    counts = torch.tensor([[5, 0, 3], [1, 5, 5]]).int()
+    lists = indices, torch.tensor([[5, 0, 3], [1, 5, 5]]).int()
     slots = torch.full((2, 3, 8), -1).int()
     slots[0] = torch.tensor([16, 3, 0, -1, 49, 8, 4, 1])
     sets = slots, *(torch.zeros(2, 3, 8, 64) for _ in range(2))
     return {
-        "lists": (indices, counts, *caches, *sets, None, None),
+        "lists": (*lists, *caches, *sets, None, None),
         "new tokens, counters": (
-            *(indices, counts, *caches, *sets, torch.tensor([5, 50]).int()),
+            *(*lists, *caches, *sets, torch.tensor([5, 50]).int()),
             torch.zeros(2, dtype=torch.int64),
         ),
-        "empty": (*(x[:0].clone() for x in (indices, counts, *caches, *sets)), None, None),
+        "empty": (*(x.new_empty(0, *x.shape[1:]) for x in lists + caches + sets), None, None),
     }
 
 
