@@ -17,6 +17,7 @@
 #include "attnsieve/launch.h"
 #include "attnsieve/status.h"
 #include "attnsieve/visibility.h"
+#include "cpu/projection.h"
 #include "cpu/proxy_chunk.h"
 #include "kernels.h"
 
@@ -262,6 +263,11 @@ void check(const ProxyScoresProblem& problem) {
     throw InvalidArgument("proxy_scores: bounds are pages already");
   if (problem.skip_first < 0 || problem.skip_last < 0)
     throw InvalidArgument("proxy_scores: skip_first and skip_last must not be negative");
+  if (problem.projection.data != nullptr) {
+    require_supported("proxy_scores", Backend::kCpu, problem.dtype, problem.query_dim);
+    if (problem.num_projections <= 0 || problem.num_heads % problem.num_projections != 0)
+      throw InvalidArgument("proxy_scores: the query heads must be a multiple of the projections");
+  }
 }
 
 }  // namespace
@@ -273,6 +279,10 @@ void proxy_scores(const ProxyScoresProblem& problem, const ParallelFor& parallel
     std::fill_n(problem.scores, lines * problem.columns(), -kInfinity);
   }
   if (problem.batch == 0 || problem.num_rows == 0 || problem.units == 0) return;
+  if (problem.projection.data != nullptr) {
+    std::vector<char> projected;
+    return proxy_scores(project_queries(problem, parallel_for, &projected), parallel_for);
+  }
   const ProxyPlan plan(problem);
   SoftmaxTotals totals;
   if (problem.softmax) totals = softmax_totals(problem, plan, parallel_for);

@@ -29,7 +29,7 @@ SCHEMAS = {
     "int recent, bool causal, Tensor? block_table, int table_page_size, int num_pages) "
     "-> (Tensor indices, Tensor counts, Tensor passed)",
     "proxy_scores": "attnsieve::proxy_scores(Tensor q, Tensor keys, Tensor? key_scale, "
-    "Tensor? block_table, Tensor? seq_lens, int element, int row_reduce, bool softmax, "
+    "Tensor? projection, Tensor? block_table, Tensor? seq_lens, int element, int row_reduce, bool softmax, "
     "int head_reduce, int num_out_heads, Tensor? head_weights, int page_reduce, int page_size, "
     "int skip_first, int skip_last, bool causal, float score_scale) -> Tensor scores",
     "append_kv": "attnsieve::append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
@@ -130,14 +130,54 @@ def proxy_samples():
     plain, ends = (0, 0, False, 0, 4, None, 0, 1), (0, 0, False, 0.125)
     bshd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     codes = (k * 20).to(torch.int8), randn((2, 2, 48), seed=3)
+    to_proxies = randn((2, 64, 16), seed=4)
     return {
-        "dots": (q, k, None, None, None, *plain, *ends),
-        "bshd": (*bshd, None, None, lens, *plain, *ends),
-        "codes": (q, *codes, None, lens, *plain, *ends),
-        "paged": (q, pages, None, table, lens, 1, 3, True, 2, 2, per_row, 3, 5, 1, 2, True, 1.0),
-        "bounds": (q, bounds, None, table, lens, 2, 0, False, 1, 1, None, 0, 16, 0, 1, True, 1.0),
-        "rows": (q, k, None, None, lens, 0, 1, False, 0, 4, per_row[0, :, 0], 1, 48, *ends),
-        "empty": (q[:0], k[:0], None, None, None, *plain, *ends),
+        "dots": (q, k, None, None, None, None, *plain, *ends),
+        "bshd": (*bshd, None, None, None, lens, *plain, *ends),
+        "codes": (q, *codes, None, None, lens, *plain, *ends),
+        "paged": (
+            q,
+            pages,
+            None,
+            None,
+            table,
+            lens,
+            1,
+            3,
+            True,
+            2,
+            2,
+            per_row,
+            3,
+            5,
+            1,
+            2,
+            True,
+            1.0,
+        ),
+        "bounds": (
+            q,
+            bounds,
+            None,
+            None,
+            table,
+            lens,
+            2,
+            0,
+            False,
+            1,
+            1,
+            None,
+            0,
+            16,
+            0,
+            1,
+            True,
+            1.0,
+        ),
+        "rows": (q, k, None, None, None, lens, 0, 1, False, 0, 4, per_row[0, :, 0], 1, 48, *ends),
+        "projected": (q, k[..., :16].contiguous(), None, to_proxies, None, lens, *plain, *ends),
+        "empty": (q[:0], k[:0], None, None, None, None, *plain, *ends),
     }
 
 

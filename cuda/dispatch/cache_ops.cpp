@@ -21,6 +21,15 @@ bool aligned_codes(const HeadTensor& rows, int64_t stride_bound) {
          is_multiple(rows.stride_row, kBytes) && is_multiple(stride_bound, kBytes);
 }
 
+// Projected queries, where the kernels do not project themselves.
+size_t projected_bytes(const ProxyScoresProblem& problem, const sm80::ProxyScoresPlan& plan) {
+  if (problem.projection.data == nullptr || plan.projects) return 0;
+  constexpr int64_t kAlignment = 16;
+  const int64_t numbers = problem.batch * problem.num_heads * problem.num_rows * problem.head_dim;
+  const int64_t bytes = numbers * (problem.dtype == DType::kFloat32 ? 4 : 2);
+  return static_cast<size_t>((bytes + kAlignment - 1) / kAlignment * kAlignment);
+}
+
 size_t total_lines(const ProxyScoresProblem& problem, const sm80::ProxyScoresPlan& plan) {
   return static_cast<size_t>(problem.batch * plan.out_rows * problem.num_heads);
 }
@@ -38,6 +47,11 @@ void check(const ProxyScoresProblem& problem) {
     throw InvalidArgument("proxy_scores: bounds are pages already");
   if (problem.skip_first < 0 || problem.skip_last < 0)
     throw InvalidArgument("proxy_scores: skip_first and skip_last must not be negative");
+  if (problem.projection.data != nullptr) {
+    require_supported("proxy_scores", Backend::kSm80, problem.dtype, problem.query_dim);
+    if (problem.num_projections <= 0 || problem.num_heads % problem.num_projections != 0)
+      throw InvalidArgument("proxy_scores: the query heads must be a multiple of the projections");
+  }
 }
 
 void check(const AppendKvProblem& problem) {
@@ -62,10 +76,12 @@ void check(const AppendKvProblem& problem) {
 }  // namespace
 
 size_t proxy_scores_workspace_bytes(const ProxyScoresProblem& problem) {
-  if (!problem.softmax || !has_scores(problem)) return 0;
+  const bool projected = problem.projection.data != nullptr;
+  if ((!problem.softmax && !projected) || !has_scores(problem)) return 0;
   check(problem);
   const auto plan = sm80::plan_proxy_scores(problem, dispatch_device().num_sms);
-  return total_lines(problem, plan) * (plan.chunks + 1) * sizeof(sm80::SoftmaxTotal);
+  const size_t totals = problem.softmax ? total_lines(problem, plan) * (plan.chunks + 1) : 0;
+  return projected_bytes(problem, plan) + totals * sizeof(sm80::SoftmaxTotal);
 }
 
 void proxy_scores(const ProxyScoresProblem& problem, void* stream) {
@@ -75,10 +91,13 @@ void proxy_scores(const ProxyScoresProblem& problem, void* stream) {
   arguments.problem = problem;
   arguments.plan = sm80::plan_proxy_scores(problem, dispatch_device().num_sms);
   arguments.aligned_codes = aligned_codes(problem.keys, problem.keys_stride_bound);
+  const size_t projected = projected_bytes(problem, arguments.plan);
+  if ((problem.softmax || projected > 0) && problem.workspace == nullptr)
+    throw InvalidArgument("proxy_scores: a softmax and a projection need their workspace");
+  if (projected > 0) arguments.projected = problem.workspace;
   if (problem.softmax) {
-    if (problem.workspace == nullptr)
-      throw InvalidArgument("proxy_scores: a softmax needs its workspace");
-    arguments.totals = static_cast<sm80::SoftmaxTotal*>(problem.workspace);
+    auto* const totals = static_cast<unsigned char*>(problem.workspace) + projected;
+    arguments.totals = reinterpret_cast<sm80::SoftmaxTotal*>(totals);
     arguments.chunk_totals = arguments.totals + total_lines(problem, arguments.plan);
   }
   switch (problem.dtype) {

@@ -33,7 +33,8 @@ void plan_stream(const ProxyScoresProblem& problem, int num_sms, ProxyScoresPlan
   // problems still get several waves of CTAs: the lengths of sequences differ, and only the device
   // knows them. On H200 1 to 16 steps differ by 3 % where there is work for all SMs, and 4 are the best
   // or close where there is not.
-  constexpr int64_t kStepsOfWarp = 4;
+  // A CTA that projects its queries pays for that over more of them.
+  const int64_t steps_of_warp = plan->projects ? 16 : 4;
   const int dim = static_cast<int>(problem.head_dim);
   plan->stream_dim = dim <= 32 ? 32 : dim <= 64 ? 64 : 128;
   const bool bounds = problem.element == ProxyElement::kBounds;
@@ -41,10 +42,10 @@ void plan_stream(const ProxyScoresProblem& problem, int num_sms, ProxyScoresPlan
   const int64_t sequence_steps = ceil_div(problem.units, plan->step_units);
   const int64_t all_steps = problem.batch * problem.num_key_heads * sequence_steps;
   const int64_t resident = int64_t{num_sms} * kStreamCtasPerSm * kStreamWarps;
-  const int64_t wave = std::max<int64_t>(1, resident) * kStepsOfWarp;
+  const int64_t wave = std::max<int64_t>(1, resident) * steps_of_warp;
   const int64_t waves = std::max<int64_t>(1, (all_steps + wave / 2) / wave);
   plan->steps =
-      static_cast<int>(std::max<int64_t>(1, ceil_div(all_steps * kStepsOfWarp, waves * wave)));
+      static_cast<int>(std::max<int64_t>(1, ceil_div(all_steps * steps_of_warp, waves * wave)));
   plan->stream_blocks =
       static_cast<int>(ceil_div(sequence_steps, int64_t{plan->steps} * kStreamWarps));
   plan->items = counted("work items", problem.batch * problem.num_key_heads * plan->stream_blocks);
@@ -63,6 +64,9 @@ ProxyScoresPlan plan_proxy_scores(const ProxyScoresProblem& problem, int num_sms
   plan.merged_rows = counted("rows", rows_reduced ? problem.num_rows : 1);
   plan.streamed = is_streamed(problem, plan);
   if (plan.streamed) {
+    plan.projects =
+        problem.projection.data != nullptr && problem.element != ProxyElement::kBounds &&
+        problem.head_dim <= kMaxProjectedDim && problem.num_projections == problem.num_key_heads;
     plan_stream(problem, num_sms, &plan);
     return plan;
   }

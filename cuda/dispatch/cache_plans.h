@@ -12,6 +12,7 @@ inline constexpr int kSoftmaxChunkUnits = 1024;
 
 inline constexpr int kMaxStreamHeads = 8;  // an MMA's columns
 inline constexpr int kMaxStreamDim = 128;
+inline constexpr int kMaxProjectedDim = 64;  // of queries that are projected there
 inline constexpr int kStreamWarps = 8;
 inline constexpr int kStreamCtasPerSm = 2;
 
@@ -42,6 +43,7 @@ struct ProxyScoresPlan {
   int total_items = 0;
 
   // Streamed: an item is a key head and a block of `steps` steps for each warp of the CTA.
+  bool projects = false;  // queries, beside its first keys
   int stream_dim = 0;  // 32, 64 or 128: head_dim fits
   int step_units = 0;
   int steps = 0;

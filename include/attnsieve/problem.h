@@ -131,7 +131,12 @@ enum class Reduction : int32_t { kNone, kMax, kMean, kSum };
 // the n that hold keys of the sequence, where a row sees them and their page exists. The others
 // take part in nothing and score -inf. NaN passes every reduction.
 struct ProxyScoresProblem {
-  HeadTensor q;  // [B, Hq, R, dp]
+  HeadTensor q;  // [B, Hq, R, dp], or with a projection [B, Hq, R, query_dim]
+  // Scored are rows of q . projection, rounded to dtype: query head h has matrix
+  // h / (num_heads / num_projections).
+  HeadTensor projection;  // [B, num_projections, query_dim, dp]; data nullptr: none
+  int64_t num_projections = 0;
+  int64_t query_dim = 0;
   HeadTensor keys;  // rows of dp per (sequence, head, unit); paged: (page, head, row of the page)
   int64_t keys_stride_bound = 0;  // from the minima of a page to its maxima
   RowTensor key_scale;  // as keys, without dp; data nullptr: no scales

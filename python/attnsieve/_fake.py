@@ -100,6 +100,7 @@ def _proxy_scores(
     q: Tensor,
     keys: Tensor,
     key_scale: Tensor | None,
+    projection: Tensor | None,
     block_table: Tensor | None,
     seq_lens: Tensor | None,
     element: int,

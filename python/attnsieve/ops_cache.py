@@ -36,6 +36,7 @@ def proxy_scores(
     keys: Tensor,
     *,
     element: str = "dot",
+    projection: Tensor | None = None,
     key_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     seq_lens: Tensor | None = None,
@@ -62,7 +63,8 @@ def proxy_scores(
     its row and head.
 
     Args:
-        q: ``[B, Hq, R, dp]``, float16, bfloat16 or float32; dp a multiple of 8 up to 256.
+        q: ``[B, Hq, R, dp]``, with ``projection`` ``[B, Hq, R, D]``; float16, bfloat16 or float32;
+            dp and D multiples of 8 up to 256.
         keys: rows ``[B, Hp, S, dp]``, with ``block_table`` pages ``[num_pages, P, Hp, dp]``; query
             head h reads head ``h // (Hq // Hp)``. With ``element="bounds"`` page minima and maxima,
             in this order, ``[B, pages, Hp, 2, dp]`` or ``[num_pages, Hp, 2, dp]``. Dtype of q, or
@@ -70,6 +72,10 @@ def proxy_scores(
         element: "dot" ``s * q.k``; "relu_dot" ``s * max(q.k, 0)``, the lightning indexer of
             DeepSeek-V3.2; "bounds" ``s * sum_i max(q_i * max_i, q_i * min_i)``, Quest's, which no
             ``s * q.k`` of the page exceeds. A bound that is not finite gives its page any score.
+        projection: ``[Hm, D, dp]`` or ``[B, Hm, D, dp]``, q's dtype. What is scored is
+            ``q @ projection``, rounded to q's dtype; query head h takes matrix ``h // (Hq // Hm)``.
+            On a GPU one launch projects and scores for one row (R = 1), proxies without codes and
+            matrices as many as key heads, of up to 64 columns; another comes before it else.
         key_scale: float32, shape of ``keys`` without dp: multiplies ``keys``. Needed with codes.
         block_table: int32 ``[B, max_pages]``. Units behind an entry outside ``[0, num_pages)`` are
             no candidates.
@@ -100,6 +106,8 @@ def proxy_scores(
     """
     require_tensor("q", q)
     require_tensor("keys", keys)
+    if projection is not None:
+        require_tensor("projection", projection)
     if num_out_heads is None:
         num_out_heads = q.shape[1] if q.dim() == 4 else 1
     bounds = element == "bounds"
@@ -122,6 +130,7 @@ def proxy_scores(
         q,
         keys,
         key_scale,
+        projection,
         block_table,
         seq_lens,
         choices[0],
@@ -135,7 +144,7 @@ def proxy_scores(
         skip_first,
         skip_last,
         causal,
-        default_scale(q, score_scale),
+        default_scale(q if projection is None else projection, score_scale),
     )
 
 

@@ -47,8 +47,7 @@ def low_rank_attention(
 ) -> Tensor | tuple[Tensor | TokenIndex, ...]:
     """Attention of 1 to 8 new query rows per sequence over the k keys whose proxies score best.
 
-    Scores are ``(q @ projection) . proxy``: one product of matrices, then :func:`proxy_scores`,
-    :func:`select_topk` and :func:`decode`. Nothing synchronises and no shape depends on values.
+    :func:`proxy_scores` of ``(q @ projection) . proxy``, :func:`select_topk` and :func:`decode`. Nothing synchronises and no shape depends on values.
     :func:`lowrank_fit` makes the projections; :class:`PagedKVCache` with ``projection=to_k`` keeps
     the proxies of paged keys as they are written.
 
@@ -106,10 +105,10 @@ def low_rank_attention(
     num_kv_heads = k_cache.shape[proxy_heads]
     if working_set is not None:
         _check_fetched(q, block_table, num_lists, num_kv_heads, k_scale, v_scale)
-    grouped = q.unflatten(1, (heads, -1)) @ projection.to(q.dtype).unsqueeze(-3)
     scores = proxy_scores(
-        grouped.flatten(1, 2),
+        q,
         proxy,
+        projection=projection.to(q.dtype),
         key_scale=proxy_scale,
         block_table=block_table,
         seq_lens=seq_lens,

@@ -147,6 +147,7 @@ def proxy_scores(
     keys: Tensor,
     *,
     element: str = "dot",
+    projection: Tensor | None = None,
     key_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     seq_lens: Tensor | None = None,
@@ -173,6 +174,8 @@ def proxy_scores(
         element: "dot" ``s * q.k``; "relu_dot" ``s * max(q.k, 0)`` (lightning indexer); "bounds"
             ``s * sum_i max(q_i * max_i, q_i * min_i)`` (Quest), never below ``s * q.k`` of a key of
             the page. ``s`` is ``score_scale``, default ``1 / sqrt(dp)``.
+        projection: ``[Hm, D, dp]`` or ``[B, Hm, D, dp]``: ``q @ projection`` is scored, rounded to
+            q's dtype; head h takes matrix ``h // (Hq // Hm)``.
         key_scale: float32, shape of ``keys`` without dp: codes of ``keys`` are multiplied by it.
         head_weights: ``[Hq]``, ``[B, Hq]`` or ``[B, Hq, R]``: multiply the element.
         row_reduce, head_reduce, page_reduce: None, "max", "mean" or "sum"; rows first, then (with
@@ -189,6 +192,10 @@ def proxy_scores(
         tokens or pages that the cache can hold, -inf for those that are no candidates.
     """
     bounds = element == "bounds"
+    if projection is not None:
+        grouped = q.double().unflatten(1, (projection.shape[-3], -1))
+        narrow = grouped @ projection.double().unsqueeze(-3)
+        q = narrow.flatten(1, 2).to(q.dtype)
     batch, num_heads, num_rows, dim = q.shape
     scale = 1.0 / math.sqrt(dim) if score_scale is None else score_scale
     unit = page_size if bounds else 1

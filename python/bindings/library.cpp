@@ -21,7 +21,8 @@ STABLE_TORCH_LIBRARY(attnsieve, m) {
       "Tensor? threshold_per_head, int skip_block, int num_splits, float softmax_scale, "
       "bool causal) -> (Tensor out, Tensor lse, Tensor counters)");
   m.def(
-      "proxy_scores(Tensor q, Tensor keys, Tensor? key_scale, Tensor? block_table, "
+      "proxy_scores(Tensor q, Tensor keys, Tensor? key_scale, Tensor? projection, Tensor? "
+      "block_table, "
       "Tensor? seq_lens, int element, int row_reduce, bool softmax, int head_reduce, "
       "int num_out_heads, Tensor? head_weights, int page_reduce, int page_size, int skip_first, "
       "int skip_last, bool causal, float score_scale) -> Tensor scores");

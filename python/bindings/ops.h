@@ -36,6 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> threshold_decode(
     double softmax_scale, bool causal);
 
 Tensor proxy_scores(const Tensor& q, const Tensor& keys, const std::optional<Tensor>& key_scale,
+                    const std::optional<Tensor>& projection,
                     const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
                     int64_t element, int64_t row_reduce, bool softmax, int64_t head_reduce,
                     int64_t num_out_heads, const std::optional<Tensor>& head_weights,

@@ -43,7 +43,8 @@ void set_keys(ProxyScoresProblem* problem, const Tensor& q, const Tensor& keys,
   check_dim("keys", keys, dims.count, dims.shape);
   check_same_device("keys", keys, q);
   problem->key_code = cache_code("keys", keys, q, true);
-  check_size("keys", keys, dims.count - 1, problem->head_dim, "head_dim of q");
+  check_size("keys", keys, dims.count - 1, problem->head_dim,
+             problem->projection.data != nullptr ? "columns of projection" : "head_dim of q");
   if (!paged) check_size("keys", keys, 0, problem->batch, "batch of q");
   if (dims.bound >= 0) check_size("keys", keys, dims.bound, 2, "minimum and maximum");
   problem->num_key_heads = keys.size(dims.head);
@@ -78,6 +79,30 @@ void set_keys(ProxyScoresProblem* problem, const Tensor& q, const Tensor& keys,
                         key_scale->stride(0), stride(*key_scale, dims.head),
                         stride(*key_scale, dims.unit)};
   problem->key_scale_stride_bound = stride(*key_scale, dims.bound);
+}
+
+void set_projection(ProxyScoresProblem* problem, const Tensor& q, const Tensor& projection) {
+  const int64_t dims = projection.dim();
+  if (dims != 3 && dims != 4) {
+    invalid("projection",
+            "expected [heads, head_dim, proxy_dim] or [batch, heads, ...], got shape ",
+            shape_of(projection));
+  }
+  check_same_device("projection", projection, q);
+  check_dtype("projection", projection, q.scalar_type());
+  if (dims == 4) check_size("projection", projection, 0, problem->batch, "batch of q");
+  check_size("projection", projection, dims - 2, q.size(3), "head_dim of q");
+  check_aligned_rows("projection", projection);
+  problem->query_dim = q.size(3);
+  problem->head_dim = projection.size(dims - 1);
+  problem->num_projections = projection.size(dims - 3);
+  if (problem->num_projections == 0 || problem->num_heads % problem->num_projections != 0) {
+    invalid("projection", "the number of heads must divide q's ", problem->num_heads, ", got ",
+            problem->num_projections);
+  }
+  problem->projection = {const_cast<void*>(projection.const_data_ptr()),
+                         dims == 4 ? projection.stride(0) : 0, projection.stride(dims - 3),
+                         projection.stride(dims - 2)};
 }
 
 void set_heads(ProxyScoresProblem* problem, const Tensor& q, int64_t num_out_heads,
@@ -119,6 +144,7 @@ void set_page_size(ProxyScoresProblem* problem, int64_t page_size) {
 }  // namespace
 
 Tensor proxy_scores(const Tensor& q, const Tensor& keys, const std::optional<Tensor>& key_scale,
+                    const std::optional<Tensor>& projection,
                     const std::optional<Tensor>& block_table, const std::optional<Tensor>& seq_lens,
                     int64_t element, int64_t row_reduce, bool softmax, int64_t head_reduce,
                     int64_t num_out_heads, const std::optional<Tensor>& head_weights,
@@ -131,6 +157,7 @@ Tensor proxy_scores(const Tensor& q, const Tensor& keys, const std::optional<Ten
   problem.num_rows = q.size(2);
   problem.head_dim = q.size(3);
   problem.dtype = element_dtype("q", q);
+  if (projection) set_projection(&problem, q, *projection);
   problem.element = choice("element", element, ProxyElement::kBounds);
   problem.row_reduce = choice("row_reduce", row_reduce, Reduction::kSum);
   problem.head_reduce = choice("head_reduce", head_reduce, Reduction::kSum);

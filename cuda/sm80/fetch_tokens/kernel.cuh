@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kCopyWarps* kWarpThreads)
       uint4 data[kCopiesInFlight];
 #pragma unroll
       for (int i = 0; i < kCopiesInFlight; ++i) {
-        const int rank = min(first + i * step, copied - 1);
+        const int rank = first + i * step;
+        if (rank >= copied) break;  // nothing crosses the link in vain
         data[i] =
             *reinterpret_cast<const uint4*>(row_of(from, line, p.num_heads, tokens[rank]) + offset);
       }

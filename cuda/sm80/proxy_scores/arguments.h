@@ -16,6 +16,7 @@ struct ProxyScoresArguments {
   ProxyScoresProblem problem;
   ProxyScoresPlan plan;
   bool aligned_codes = false;  // rows of codes begin at multiples of 8 bytes
+  void* projected = nullptr;             // [B, Hq, R, dp], where a launch of its own projects
   SoftmaxTotal* chunk_totals = nullptr;  // [B, out_rows, Hq, chunks]
   SoftmaxTotal* totals = nullptr;        // [B, out_rows, Hq]
 };

@@ -30,13 +30,12 @@ struct Paired<__half> {
 
 __device__ __forceinline__ uint4 no_piece() { return make_uint4(0, 0, 0, 0); }
 
-// sums += units x vectors over 32 elements: rows lane / 4 of `low` and `high` are units lane / 4 and
-// + 8, rows of `vectors` query vectors. Tensor cores drop low bits of their smaller terms, always
+// products = units x vectors over 32 elements: rows lane / 4 of `low` and `high` are units lane / 4
+// and + 8, rows of `vectors` query vectors. Tensor cores drop low bits of their smaller terms, always
 // towards zero: what exceeds one MMA is added up outside.
 template <class Element>
 __device__ __forceinline__ void multiply_pieces(const uint4& low, const uint4& high,
-                                                const uint4& vectors, float (&sums)[4],
-                                                const float (&scale)[2]) {
+                                                const uint4& vectors, float (&products)[4]) {
   using Mma = typename Paired<Element>::Mma;
   float d[2][4] = {};
   Mma::fma(d[0][0], d[0][1], d[0][2], d[0][3], low.x, high.x, low.y, high.y, vectors.x, vectors.y,
@@ -44,7 +43,7 @@ __device__ __forceinline__ void multiply_pieces(const uint4& low, const uint4& h
   Mma::fma(d[1][0], d[1][1], d[1][2], d[1][3], low.z, high.z, low.w, high.w, vectors.z, vectors.w,
            d[1][0], d[1][1], d[1][2], d[1][3]);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] = fmaf(d[0][i] + d[1][i], scale[i / 2], sums[i]);
+  for (int i = 0; i < 4; ++i) products[i] = d[0][i] + d[1][i];
 }
 
 // The part of a query vector that meets the minima (side 0) or the maxima (side 1) of a page. NaN

@@ -8,6 +8,7 @@
 
 namespace attnsieve::sm80 {
 
+inline constexpr int kProjectionThreads = 256;
 inline constexpr const char* kProxyScores = "proxy_scores";
 
 template <class Element, int kDim>
@@ -21,8 +22,22 @@ void launch_stream_scores(const ProxyScoresArguments& a, void* stream) {
   }
 }
 
+// Afterwards a.problem has what is scored for q.
 template <class Element>
-void launch_proxy_scores(const ProxyScoresArguments& a, void* stream) {
+void launch_projection(ProxyScoresArguments* a, void* stream) {
+  ProxyScoresProblem& p = a->problem;
+  const int64_t vectors = p.num_heads / p.num_projections * p.num_rows;
+  const int64_t chunks = (vectors + kProjectedVectors - 1) / kProjectedVectors;
+  launch<project_queries_kernel<Element, kProjectionThreads>>(
+      kProxyScores, p.batch * p.num_projections * chunks, kProjectionThreads, 0, stream, *a);
+  p.q = {a->projected, p.num_heads * p.num_rows * p.head_dim, p.num_rows * p.head_dim, p.head_dim};
+  p.projection.data = nullptr;
+}
+
+template <class Element>
+void launch_proxy_scores(const ProxyScoresArguments& arguments, void* stream) {
+  ProxyScoresArguments a = arguments;
+  if (a.projected != nullptr) launch_projection<Element>(&a, stream);
   if constexpr (sizeof(Element) == 2) {
     if (a.plan.streamed) {
       switch (a.plan.stream_dim) {
@@ -51,7 +66,9 @@ std::vector<KernelEntry> proxy_scores_entries() {
   };
   std::vector<KernelEntry> entries = {
       entry("every problem", &proxy_scores_kernel<Element>, kScoreThreads),
-      entry("softmax of chunks", &softmax_chunks_kernel<Element>, kScoreThreads)};
+      entry("softmax of chunks", &softmax_chunks_kernel<Element>, kScoreThreads),
+      entry("projection", &project_queries_kernel<Element, kProjectionThreads>,
+            kProjectionThreads)};
   if constexpr (sizeof(Element) == 4) {
     entries.push_back(
         entry("softmax totals", &softmax_totals_kernel<kScoreThreads>, kScoreThreads));

@@ -170,7 +170,12 @@ class UnitScores {
           if (p_.element == ProxyElement::kBounds) x = part_of<Element>(x, side);
 #pragma unroll
           for (int m = 0; m < kRows / 2; ++m) {
-            multiply_pieces<Element>(keys[2 * m], keys[2 * m + 1], x, sums[m][n], scale[m]);
+            float products[4];
+            multiply_pieces<Element>(keys[2 * m], keys[2 * m + 1], x, products);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              sums[m][n][i] = fmaf(products[i], scale[m][i / 2], sums[m][n][i]);
+            }
           }
         }
       }
