@@ -1,10 +1,12 @@
 """Perplexity of decode steps whose tokens low-rank proxies choose, beside exact top-k and dense.
 
-Usage: python bench/lowrank_perplexity.py [--length N] [--steps N] [--budgets N,N] [--json FILE]
+Usage: python bench/lowrank_perplexity.py [--length N] [--steps N] [--budgets N,N] [--rows TEXT]
+                                         [--json FILE]
 
 The demo's decode setting: its model reads all but the last --steps + 1 tokens of the window, then
 takes one token at a time and is scored on the next. Every method has a list per KV head, an eighth
 of it the newest tokens; "exact" chooses by the logits themselves, largest over the group's heads.
+--rows leaves out the rows without this in their names, but the dense one.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ PROXIES = {
     "r16 kv head": dict(rank=16),
     "r32 kv head": dict(rank=32),
     "r32 query head": dict(rank=32, share="query_head"),
+    "r16 kv head refined": dict(rank=16, refine=True),
+    "r32 kv head refined": dict(rank=32, refine=True),
+    "r32 query head refined": dict(rank=32, share="query_head", refine=True),
 }
 
 
@@ -65,10 +70,12 @@ def main() -> None:
     options = model_layers.options(__doc__.splitlines()[0], length=4096)
     options.add_argument("--steps", type=int, default=128)
     options.add_argument("--budgets", type=model_layers.numbers, default=(64, 128, 256, 512, 1024))
+    options.add_argument("--rows", default="")
     chosen = options.parse_args()
     subject, ids = model_layers.load(chosen.length)
+    rows = [row for row in rows_of(chosen.budgets) if row[0] == "dense" or chosen.rows in row[0]]
     found = decode.measure_decode(
-        subject, ids, rows_of(chosen.budgets), chosen.steps, lambda text: print(text, flush=True)
+        subject, ids, rows, chosen.steps, lambda text: print(text, flush=True)
     )
     dense = found[0].perplexity
     for row in found:

@@ -11,6 +11,7 @@ from attnsieve.cache import CachedKV
 from attnsieve.methods.decode import num_lists
 from attnsieve.ops_cache import proxy_scores
 from attnsieve.ops_topk import topk_attention
+from attnsieve.token_index import TokenIndex
 
 
 def side_cache(
@@ -23,31 +24,45 @@ def side_cache(
 ) -> Tensor:
     """``[B, H, capacity, r]``, numbers of every cached key: those at hand, and of the newest rows.
 
-    The first call makes all of them, so does one whose cache has outgrown what is held; others
-    write in place and can be captured into a CUDA graph. Keys that no sequence holds give numbers
-    of no meaning.
+    The first call makes all of them, one whose cache has outgrown what is held those that are not
+    at hand; others write in place and can be captured into a CUDA graph. Keys that no sequence
+    holds give numbers of no meaning.
 
     Args:
         state, place: where the numbers are held.
         q: the step's queries ``[B, Hq, Sq, D]``; their dtype is that of the keys below.
         numbers_of: keys ``[B, Hkv, n, D]`` to numbers ``[B, H, n, r]``.
-        rows: keys of each sequence that are newer than the last call; default Sq.
+        rows: keys of each sequence that are newer than the last call; default Sq. Where the caller
+            writes their numbers (:func:`put_numbers`) 0.
     """
     batch, rows = q.shape[0], q.shape[2] if rows is None else rows
     held, capacity = state.get(place), capacity_of(cache)
     if held is None or held.shape[0] != batch or held.shape[2] < capacity:
-        every = torch.arange(capacity, device=q.device).expand(batch, -1)
-        held = numbers_of(keys_at(cache, every, q.dtype))
+        every = torch.arange(capacity, device=q.device).expand(batch, 1, -1)
+        made = numbers_of(keys_at(cache, every, q.dtype))
+        if held is not None and held.shape[0] == batch:
+            known = every[..., : held.shape[2]] < cache.lengths(batch).view(-1, 1, 1) - rows
+            made[:, :, : held.shape[2]] = held.where(known[..., None], made[:, :, : held.shape[2]])
         if cache.block_table is None:
-            held = with_room(held)
-        state[place] = held
-        return held[:, :, :capacity]
-    newest = cache.lengths(batch).long()[:, None] - rows + torch.arange(rows, device=q.device)
-    newest = newest.clamp(0, capacity - 1)
-    numbers = numbers_of(keys_at(cache, newest, q.dtype))
-    places = newest[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+            made = with_room(made)
+        state[place] = made
+    elif rows:
+        newest = newest_positions(cache, batch, rows)
+        put_numbers(held, newest, numbers_of(keys_at(cache, newest, q.dtype)))
+    return state[place][:, :, :capacity]
+
+
+def newest_positions(cache: CachedKV, batch: int, rows: int) -> Tensor:
+    """int64 ``[B, 1, rows]``: where the last ``rows`` tokens of each sequence are."""
+    last = torch.arange(-rows, 0, device=cache.k_cache.device)
+    newest = cache.lengths(batch).long().view(-1, 1, 1) + last
+    return newest.clamp(0, capacity_of(cache) - 1)
+
+
+def put_numbers(held: Tensor, positions: Tensor, numbers: Tensor) -> None:
+    """Writes ``numbers [B, H, n, r]`` of the tokens ``[B, 1, n]`` into those that are held."""
+    places = positions[..., None].expand(-1, held.shape[1], -1, held.shape[3])
     held.scatter_(2, places, numbers)
-    return held[:, :, :capacity]
 
 
 def with_room(numbers: Tensor) -> Tensor:
@@ -66,13 +81,15 @@ def attend_to_best(
     list_heads: str,
     softmax_scale: float | None,
     sink: Tensor | None,
-) -> Tensor:
+    return_index: bool = False,
+) -> Tensor | tuple[Tensor, TokenIndex]:
     """Attention to the ``k`` tokens of largest ``numbers . proxies``, a list per row.
 
     Args:
         numbers: of the queries, ``[B, Hq, Sq, r]``; proxies: of the keys, ``[B, H, S, r]``.
         k, recent: budget, and how many of the newest tokens are inside it whatever they score.
         list_heads: as in :func:`num_lists`; the largest score over the heads of a list counts.
+        return_index: also return the lists.
     """
     scores = proxy_scores(
         numbers,
@@ -94,6 +111,7 @@ def attend_to_best(
         **cache.scales,
         softmax_scale=softmax_scale,
         sink=sink,
+        return_index=return_index,
     )
 
 
@@ -105,17 +123,20 @@ def capacity_of(cache: CachedKV) -> int:
 
 
 def keys_at(cache: CachedKV, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, Hkv, n, D]`` of the tokens ``[B, n]``, zeros where there is no page."""
+    """``[B, Hkv, n, D]`` of the tokens ``[B, 1 or Hkv, n]``, zeros where there is no page."""
+    keys, heads = cache.k_cache, cache.num_kv_heads
     if cache.block_table is None:
-        places = positions[:, None, :, None]
-        keys = cache.k_cache
-        keys = keys.gather(2, places.expand(-1, keys.shape[1], -1, keys.shape[3])).to(dtype)
+        places = positions[..., None].expand(-1, heads, -1, keys.shape[3])
+        keys = keys.gather(2, places).to(dtype)
     else:
-        page_size = cache.k_cache.shape[1]
-        pages = cache.block_table.long().gather(1, positions // page_size)
-        exists = (pages >= 0) & (pages < cache.k_cache.shape[0])
-        keys = cache.k_cache[pages.where(exists, torch.zeros_like(pages)), positions % page_size]
-        keys = keys.to(dtype).where(exists[..., None, None], 0).transpose(1, 2)
+        page_size = keys.shape[1]
+        pages = cache.block_table.long().gather(1, positions.flatten(1) // page_size)
+        pages = pages.view_as(positions)
+        exists = (pages >= 0) & (pages < keys.shape[0])
+        every_head = torch.arange(heads, device=keys.device)[:, None]
+        pages = pages.where(exists, torch.zeros_like(pages))
+        keys = keys[pages, positions % page_size, every_head].to(dtype)
+        keys = keys.where(exists[..., None], 0)
     if cache.k_scale is not None:
         keys = keys * cache.k_scale.to(dtype)[:, None, None]
     return keys
