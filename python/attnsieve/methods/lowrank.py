@@ -10,14 +10,8 @@ from torch import Tensor
 from attnsieve.cache import CachedKV
 from attnsieve.lowrank import LowRankFit, lowrank_fit, lowrank_step, of_heads
 from attnsieve.methods.decode import DecodeMethod, attend
-from attnsieve.methods.proxies import (
-    attend_to_best,
-    keys_at,
-    newest_positions,
-    put_numbers,
-    side_cache,
-    with_room,
-)
+from attnsieve.methods.newest import keys_at, newest_rows
+from attnsieve.methods.proxies import attend_to_best, side_cache, with_room
 from attnsieve.offload import WorkingSet
 from attnsieve.ops_lowrank import low_rank_attention
 
@@ -50,7 +44,8 @@ class LowRank(DecodeMethod):
 
     ``fits`` holds the projections by (sequence, layer) and is kept by :meth:`reset`; ``state``
     holds the proxies, made from the cache at the first step, with ``offload`` by the prefill, and
-    of new keys after it, and what refinement made of a fit.
+    of new keys after it, a fit's projections in the dtype of the queries and what refinement made
+    of it.
 
     With ``offload`` the keys and values may lie in host memory
     (:class:`attnsieve.integrations.transformers_cache.LowRankCache`): a step of one row copies what
@@ -93,7 +88,7 @@ class LowRank(DecodeMethod):
 
     def prefill(self, q, k, *, layer_idx=0, sequence=0, begin=0) -> None:
         place = sequence, layer_idx
-        for stale in (place, ("refined", *place)):
+        for stale in (place, ("fit", *place), ("refined", *place)):
             self.state.pop(stale, None)
         self.working_sets.pop(place, None)
         if begin == 0 or place not in self.fits:
@@ -105,11 +100,11 @@ class LowRank(DecodeMethod):
         self, q, cache, *, layer_idx=0, sequence=0, softmax_scale=None, sink=None
     ) -> Tensor:
         options = dict(softmax_scale=softmax_scale, sink=sink)
-        fit = self.fits.get((sequence, layer_idx))
-        if fit is None:
+        if (sequence, layer_idx) not in self.fits:
             return attend(q, cache, None, **options)
         if self.refine and q.shape[2] == 1:
             return self._refined(q, cache, (sequence, layer_idx), **options)
+        fit = self._projecting((sequence, layer_idx), q.dtype)
         proxies = side_cache(self.state, (sequence, layer_idx), cache, q, fit.keys)
         if self.offload and q.shape[2] == 1 and cache.block_table is None:
             return low_rank_attention(
@@ -130,20 +125,27 @@ class LowRank(DecodeMethod):
     def _budget(self) -> dict:
         return dict(k=self.k, recent=self.recent, list_heads=self.list_heads)
 
+    def _projecting(self, place: tuple[int, int], dtype: torch.dtype) -> LowRankFit:
+        """The fit with projections in the dtype of the queries, made once."""
+        held = self.state.get(("fit", *place))
+        if held is None:
+            held = self.state[("fit", *place)] = self.fits[place].projecting(dtype)
+        return held
+
     def _refined(self, q: Tensor, cache: CachedKV, place: tuple[int, int], **options) -> Tensor:
         """A step of one row with the numbers of :func:`lowrank_step`."""
         held: Refinement | None = self.state.get(("refined", *place))
-        fit = self.fits[place] if held is None else held.fit
+        fit = self._projecting(place, q.dtype) if held is None else held.fit
         proxies = side_cache(self.state, place, cache, q, fit.keys, rows=0)
-        newest = newest_positions(cache, q.shape[0], 1)
+        newest = newest_rows(self.state, place, cache, q.shape[0], 1)
         if held is None:
             none = proxies[:, :, :0]
             residents = none.new_empty(*none.shape[:3], q.shape[3]), none
         else:
-            residents = _residents(held.indices, cache, proxies, newest, q.dtype)
-        key = keys_at(cache, newest, q.dtype)
+            residents = _residents(held.indices, cache, proxies, newest.begin, q.dtype)
+        key = newest.keys(cache, q.dtype)
         refined, of_query, of_key = lowrank_step(fit, q, key, *residents)
-        put_numbers(proxies, newest, of_key)
+        newest.put(proxies, of_key)
         out, index = attend_to_best(
             q, cache, of_query, proxies, return_index=True, **self._budget, **options
         )
@@ -177,7 +179,7 @@ class LowRank(DecodeMethod):
 
 
 def _residents(
-    indices: Tensor, cache: CachedKV, proxies: Tensor, newest: Tensor, dtype: torch.dtype
+    indices: Tensor, cache: CachedKV, proxies: Tensor, newest: Tensor | int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Keys ``[B, H, n, D]`` and proxies ``[B, H, n, r]`` of what lists name before ``newest``.
 

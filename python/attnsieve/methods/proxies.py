@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnsieve.cache import CachedKV
 from attnsieve.methods.decode import num_lists
+from attnsieve.methods.newest import capacity_of, keys_at, newest_rows
 from attnsieve.ops_cache import proxy_scores
 from attnsieve.ops_topk import topk_attention
 from attnsieve.token_index import TokenIndex
@@ -29,13 +30,15 @@ def side_cache(
     holds give numbers of no meaning.
 
     Args:
-        state, place: where the numbers are held.
+        state, place: where the numbers are held; ``place`` ends with the layer.
         q: the step's queries ``[B, Hq, Sq, D]``; their dtype is that of the keys below.
         numbers_of: keys ``[B, Hkv, n, D]`` to numbers ``[B, H, n, r]``.
-        rows: keys of each sequence that are newer than the last call; default Sq. Where the caller
-            writes their numbers (:func:`put_numbers`) 0.
+        rows: keys of each sequence that are newer than the last call; default Sq. 0 where the
+            caller writes their numbers.
     """
-    batch, rows = q.shape[0], q.shape[2] if rows is None else rows
+    # Layers share what every step of each of them asks for.
+    batch, shared = q.shape[0], state if rows is None else {}
+    rows = q.shape[2] if rows is None else rows
     held, capacity = state.get(place), capacity_of(cache)
     if held is None or held.shape[0] != batch or held.shape[2] < capacity:
         every = torch.arange(capacity, device=q.device).expand(batch, 1, -1)
@@ -47,22 +50,9 @@ def side_cache(
             made = with_room(made)
         state[place] = made
     elif rows:
-        newest = newest_positions(cache, batch, rows)
-        put_numbers(held, newest, numbers_of(keys_at(cache, newest, q.dtype)))
+        newest = newest_rows(shared, place, cache, batch, rows)
+        newest.put(held, numbers_of(newest.keys(cache, q.dtype)))
     return state[place][:, :, :capacity]
-
-
-def newest_positions(cache: CachedKV, batch: int, rows: int) -> Tensor:
-    """int64 ``[B, 1, rows]``: where the last ``rows`` tokens of each sequence are."""
-    last = torch.arange(-rows, 0, device=cache.k_cache.device)
-    newest = cache.lengths(batch).long().view(-1, 1, 1) + last
-    return newest.clamp(0, capacity_of(cache) - 1)
-
-
-def put_numbers(held: Tensor, positions: Tensor, numbers: Tensor) -> None:
-    """Writes ``numbers [B, H, n, r]`` of the tokens ``[B, 1, n]`` into those that are held."""
-    places = positions[..., None].expand(-1, held.shape[1], -1, held.shape[3])
-    held.scatter_(2, places, numbers)
 
 
 def with_room(numbers: Tensor) -> Tensor:
@@ -94,7 +84,7 @@ def attend_to_best(
     scores = proxy_scores(
         numbers,
         proxies,
-        seq_lens=cache.lengths(q.shape[0]),
+        seq_lens=cache.seq_lens,
         row_reduce="max" if q.shape[2] == 1 else None,
         head_reduce="max",
         num_out_heads=num_lists(list_heads, q, cache),
@@ -113,30 +103,3 @@ def attend_to_best(
         sink=sink,
         return_index=return_index,
     )
-
-
-def capacity_of(cache: CachedKV) -> int:
-    """Tokens of a sequence that the cache can hold."""
-    if cache.block_table is None:
-        return cache.k_cache.shape[2]
-    return cache.block_table.shape[1] * cache.k_cache.shape[1]
-
-
-def keys_at(cache: CachedKV, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, Hkv, n, D]`` of the tokens ``[B, 1 or Hkv, n]``, zeros where there is no page."""
-    keys, heads = cache.k_cache, cache.num_kv_heads
-    if cache.block_table is None:
-        places = positions[..., None].expand(-1, heads, -1, keys.shape[3])
-        keys = keys.gather(2, places).to(dtype)
-    else:
-        page_size = keys.shape[1]
-        pages = cache.block_table.long().gather(1, positions.flatten(1) // page_size)
-        pages = pages.view_as(positions)
-        exists = (pages >= 0) & (pages < keys.shape[0])
-        every_head = torch.arange(heads, device=keys.device)[:, None]
-        pages = pages.where(exists, torch.zeros_like(pages))
-        keys = keys[pages, positions % page_size, every_head].to(dtype)
-        keys = keys.where(exists[..., None], 0)
-    if cache.k_scale is not None:
-        keys = keys * cache.k_scale.to(dtype)[:, None, None]
-    return keys
