@@ -40,7 +40,8 @@ class LowRank(DecodeMethod):
     LRQK (arXiv:2510.23649) does not project a new row: with ``refine`` the numbers of the query and
     of the new key are those of :func:`attnsieve.lowrank_step`, whose resident keys are the tokens
     that the last step of one row attended to, none at the first. Steps of several rows project.
-    What a token has changed in the reconstructions stays when it is taken back.
+    What a token has changed in the reconstructions stays when it is taken back. On SmolLM2 refined
+    steps choose worse than projected ones (bench/notes-lowrank.md).
 
     ``fits`` holds the projections by (sequence, layer) and is kept by :meth:`reset`; ``state``
     holds the proxies, made from the cache at the first step, with ``offload`` by the prefill, and
