@@ -84,7 +84,7 @@ def main() -> None:
     options = model_layers.options(__doc__.splitlines()[0], length=4096)
     options.add_argument("--rows", type=int, default=128)
     options.add_argument("--topk", type=int, default=512)
-    options.add_argument("--ranks", type=_numbers, default=(16, 32))
+    options.add_argument("--ranks", type=model_layers.numbers, default=(16, 32))
     options.add_argument("--plot", type=Path)
     chosen = options.parse_args()
 
@@ -103,10 +103,6 @@ def main() -> None:
         print(f"{name}: {mean:.4f} over {len(rows)} layers")
     if chosen.plot:
         plot(chosen.plot, means, chosen.ranks, chosen.topk)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import results
 from attnsieve.demo import measure, model
@@ -25,18 +26,33 @@ def options(description: str, length: int) -> argparse.ArgumentParser:
     return found
 
 
-def observe(
-    chosen: argparse.Namespace, settings: tuple[str, ...], look: Callable[[int, measure.Call], dict]
-) -> list[dict]:
-    """What ``look(number, call)`` says of each layer of a dense pass, in float32.
+def numbers(text: str) -> tuple[int, ...]:
+    """A list such as ``16,32``."""
+    return tuple(int(part) for part in text.split(","))
 
-    With ``--json`` also written, beside the arguments that ``settings`` names.
-    """
+
+def load(length: int) -> tuple[model.Subject, Tensor]:
+    """The model in float32 and the demo's window of its text."""
     register()
     subject = model.load_subject(
         None, model.default_cache_dir(), torch.float32, torch.device("cpu")
     )
-    ids = model.token_window(subject, model.read_text(None), DEFAULT_TEXT_OFFSET, chosen.length)
+    return subject, model.token_window(subject, model.read_text(None), DEFAULT_TEXT_OFFSET, length)
+
+
+def write(chosen: argparse.Namespace, settings: tuple[str, ...], **found) -> None:
+    """With ``--json``, ``found`` beside the arguments that ``settings`` names."""
+    if chosen.json:
+        record = {name: getattr(chosen, name) for name in settings}
+        record |= dict(date=results.today(), kernel_hash=results.current_hash(), **found)
+        chosen.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def observe(
+    chosen: argparse.Namespace, settings: tuple[str, ...], look: Callable[[int, measure.Call], dict]
+) -> list[dict]:
+    """What ``look(number, call)`` says of each layer of a dense pass; written by :func:`write`."""
+    subject, ids = load(chosen.length)
     rows: list[dict] = []
     seen = 0
 
@@ -47,8 +63,5 @@ def observe(
             rows.append(dict(layer=number, **look(number, call)))
 
     measure.measure(subject, ids, Dense(), repeats=1, observe=count)
-    if chosen.json:
-        record = {name: getattr(chosen, name) for name in settings}
-        record |= dict(date=results.today(), kernel_hash=results.current_hash(), layers=rows)
-        chosen.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(chosen, settings, layers=rows)
     return rows

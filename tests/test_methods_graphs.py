@@ -12,7 +12,7 @@ from numerics import assert_bitwise
 
 pytestmark = pytest.mark.usefixtures("cuda_backend")
 
-PROMPT, HEADS, KV_HEADS, DIM = 150, 6, 3, 64
+LAYERS, PROMPT, HEADS, KV_HEADS, DIM = 2, 150, 6, 3, 64
 INV_FREQ = 10000.0 ** -(torch.arange(0, DIM, 2) / DIM)
 METHODS = (
     LowRank(30, rank=16, recent=5),
@@ -30,13 +30,15 @@ def test_a_step_in_a_graph(method, rows):
     """Each replay equals the eager step of a method of the same past."""
     method = copy.copy(method)
     on = dict(dtype=torch.bfloat16, device="cuda")
-    cache = PagedKVCache(40, KV_HEADS, DIM, batch=2, **on)
+    cache = PagedKVCache(40, KV_HEADS, DIM, batch=2, num_layers=LAYERS, **on)
     k, v = (randn((2, KV_HEADS, PROMPT, DIM), seed=seed, **on) for seed in (1, 2))
     method.reset()
-    method.prefill(randn((2, HEADS, PROMPT, DIM), seed=3, **on), k)
-    cache.append(k, v)
+    cache.extend(PROMPT)
+    for layer in range(LAYERS):
+        method.prefill(randn((2, HEADS, PROMPT, DIM), seed=3 + layer, **on), k, layer_idx=layer)
+        cache.write(k, v, layer)
     cache.reserve(8 * rows)
-    q = torch.empty(2, HEADS, rows, DIM, **on)
+    q = torch.empty(LAYERS, 2, HEADS, rows, DIM, **on)
     new = [torch.empty(2, KV_HEADS, rows, DIM, **on) for _ in range(2)]
 
     def fill(seed):
@@ -44,9 +46,14 @@ def test_a_step_in_a_graph(method, rows):
             x.copy_(randn(x.shape, seed=10 * seed + place, **on))
         cache.extend(rows)
 
+    def attended(method):
+        every = range(LAYERS)
+        return torch.stack([method(q[x], cache.layer(x), layer_idx=x) for x in every])
+
     def step():
-        cache.write(*new)
-        return method(q, cache.layer())
+        for layer in range(LAYERS):
+            cache.write(*new, layer)
+        return attended(method)
 
     fill(0)
     step()  # makes what later steps write in place
@@ -55,8 +62,8 @@ def test_a_step_in_a_graph(method, rows):
     fill(1)
     graph, out = capture(step)
     graph.replay()
-    assert_bitwise(out, eager(q, cache.layer()))
+    assert_bitwise(out, attended(eager))
     for seed in (2, 3, 4):
         fill(seed)
         graph.replay()
-        assert_bitwise(out, eager(q, cache.layer()))
+        assert_bitwise(out, attended(eager))

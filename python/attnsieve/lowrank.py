@@ -7,7 +7,7 @@ Q and K, head_dim x head_dim, are all that it needs to read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class LowRankFit:
     H is Hkv where a group of query heads shares one, else Hq.
 
     Args:
-        to_q, to_k: float32 ``[B, H, D, r]``. ``(q @ to_q) . (k @ to_k)`` stands for ``q . k``.
+        to_q, to_k: ``[B, H, D, r]``, float32 as fitted. ``(q @ to_q) . (k @ to_k)`` stands for
+            ``q . k``.
         from_q, from_k: float32 ``[B, H, r, D]``: the least-squares reconstruction of q and k from
             their numbers.
     """
@@ -40,12 +41,19 @@ class LowRankFit:
 
     def queries(self, q: Tensor) -> Tensor:
         """``[B, Hq, S, D]`` to ``[B, Hq, S, r]``, in q's dtype."""
-        return q @ of_heads(self.to_q, q.shape[1]).to(q.dtype)
+        batch, heads, rows, width = q.shape
+        # The query heads that share a fit are rows of one product.
+        grouped = q.reshape(batch, self.to_q.shape[1], -1, width) @ self.to_q.to(q.dtype)
+        return grouped.view(batch, heads, rows, -1)
 
     def keys(self, k: Tensor) -> Tensor:
         """``[B, Hkv, S, D]`` to ``[B, H, S, r]``, in k's dtype: what a proxy cache holds."""
         heads = self.to_k.shape[1]
         return of_heads(k, heads) @ self.to_k.to(k.dtype)
+
+    def projecting(self, dtype: torch.dtype) -> LowRankFit:
+        """The same with ``to_q`` and ``to_k`` in the dtype that they are used in."""
+        return replace(self, to_q=self.to_q.to(dtype), to_k=self.to_k.to(dtype))
 
 
 def lowrank_fit(

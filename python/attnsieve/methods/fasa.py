@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from attnsieve.fasa_calibration import FASACalibration, contextual_agreement, dominant_dims
-from attnsieve.lowrank import of_heads
 from attnsieve.methods.decode import DecodeMethod, attend
 from attnsieve.methods.proxies import attend_to_best, side_cache
 
@@ -120,6 +119,9 @@ def packed(x: Tensor, dims: Tensor) -> Tensor:
 
     Consecutive heads on one side share a head of the other.
     """
-    heads = max(x.shape[1], dims.shape[1])
-    dims = of_heads(dims, heads).unsqueeze(2).expand(x.shape[0], -1, x.shape[2], -1)
-    return of_heads(x, heads).gather(3, dims)
+    shared = min(x.shape[1], dims.shape[1])
+    rows, places = x.unflatten(1, (shared, -1)), dims.unflatten(1, (shared, -1)).unsqueeze(3)
+    group = max(rows.shape[2], places.shape[2])
+    rows = rows.expand(-1, -1, group, -1, -1)
+    places = places.expand(x.shape[0], -1, group, x.shape[2], -1)
+    return rows.gather(4, places).flatten(1, 2)

@@ -145,11 +145,14 @@ class Squeezed(DecodeMethod):
         if sequence not in self.state:
             self.state[sequence] = self._thresholds(sequence)
         scores = self._scores(q, clusters, self.state[sequence])
-        first = cache.lengths(q.shape[0]) - q.shape[2]
         begin = self.state.get(place)
         if begin is None:
-            begin = self.state[place] = torch.full_like(first, scores.shape[-1])
-        torch.minimum(begin, first, out=begin)
+            begin = q.new_full(q.shape[:1], scores.shape[-1], dtype=torch.int32)
+            self.state[place] = begin
+        if cache.seq_lens is None:
+            begin.clamp_(max=cache.k_cache.shape[2] - q.shape[2])
+        else:
+            torch.minimum(begin, cache.seq_lens - q.shape[2], out=begin)
         index, _ = select_threshold(
             scores if q.shape[2] > 1 else scores.squeeze(1),
             self.state[sequence][0],
@@ -159,40 +162,40 @@ class Squeezed(DecodeMethod):
         return attend(q, cache, index, dense_begin=begin, **options)
 
     def _thresholds(self, sequence: int) -> tuple[Tensor, Tensor | None]:
-        """float32 ``[B]`` of the fine and of the coarse level."""
+        """float32 ``[B]``, logarithms, of the fine and of the coarse level."""
         layers = [x for place, x in self.clusters.items() if place[0] == sequence]
         fine = [self._observed_importance(x.observed, x.fine) for x in layers]
-        threshold = _quantile(torch.cat(fine, 1), self.percentile)
+        threshold = _quantile(torch.cat(fine, 1), self.percentile).log()
         if self.coarse is None:
             return threshold, None
         coarse = [self._observed_importance(x.observed, x.coarse) for x in layers]
-        return threshold, _quantile(torch.cat(coarse, 1), self.coarse_percentile)
+        return threshold, _quantile(torch.cat(coarse, 1), self.coarse_percentile).log()
 
     def _observed_importance(self, observed: Tensor, level: Level) -> Tensor:
         """``[B, lists * n]`` of every key, mean over the observed queries."""
-        importance = self._importance(observed, level).mean(1, keepdim=True)
+        importance = self._log_importance(observed, level).exp().mean(1, keepdim=True)
         return _of_keys(importance, level.labels).flatten(1)
 
     def _scores(
         self, q: Tensor, clusters: Clusters, thresholds: tuple[Tensor, Tensor | None]
     ) -> Tensor:
-        """float32 ``[B, Sq, lists, n]``: importances of the keys."""
+        """float32 ``[B, Sq, lists, n]``: logarithms of the keys' importances."""
         fine = clusters.fine
         if clusters.coarse is None:
-            return _of_keys(self._importance(q, fine), fine.labels)
-        passed = self._importance(q, clusters.coarse) > thresholds[1].view(-1, 1, 1, 1, 1)
+            return _of_keys(self._log_importance(q, fine), fine.labels)
+        passed = self._log_importance(q, clusters.coarse) > thresholds[1].view(-1, 1, 1, 1, 1)
         passed = _of_keys(passed, clusters.parents, flat=False)  # of the fine clusters
-        importance = self._importance(q, fine, passed)
+        importance = self._log_importance(q, fine, passed)
         return _of_keys(importance.masked_fill(~passed, -torch.inf), fine.labels)
 
-    def _importance(self, q: Tensor, level: Level, among: Tensor | None = None) -> Tensor:
+    def _log_importance(self, q: Tensor, level: Level, among: Tensor | None = None) -> Tensor:
         """float32 ``[B, R, Hkv, G or 1, C]``, over the clusters of ``among`` alone if given."""
         logits = proxy_scores(q, level.centroids, score_scale=self.score_scale)
         logits = logits.unflatten(2, (level.centroids.shape[1], -1))
         weighted = logits + level.log_sizes[:, None, :, None]
         if among is not None:
             weighted = weighted.masked_fill(~among, -torch.inf)
-        importance = (logits - weighted.logsumexp(-1, keepdim=True)).exp()
+        importance = logits - weighted.logsumexp(-1, keepdim=True)
         return importance if self.list_heads == "q" else importance.amax(3, keepdim=True)
 
 
@@ -211,7 +214,7 @@ def _of_keys(values: Tensor, labels: Tensor, flat: bool = True) -> Tensor:
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    """``[B]``: the largest of the lowest ``share`` of ``values [B, n]``; -inf of none."""
+    """``[B]``: the largest of the lowest ``share`` of positive ``values [B, n]``; 0 of none."""
     if share == 0:
-        return values.new_full(values.shape[:1], -torch.inf)
+        return values.new_zeros(values.shape[:1])
     return values.sort(1).values[:, int(share * (values.shape[1] - 1))].clone()
