@@ -29,8 +29,9 @@ SCHEMAS = {
     "int recent, bool causal, Tensor? block_table, int table_page_size, int num_pages) "
     "-> (Tensor indices, Tensor counts, Tensor passed)",
     "proxy_scores": "attnsieve::proxy_scores(Tensor q, Tensor keys, Tensor? key_scale, "
-    "Tensor? projection, Tensor? block_table, Tensor? seq_lens, int element, int row_reduce, bool softmax, "
-    "int head_reduce, int num_out_heads, Tensor? head_weights, int page_reduce, int page_size, "
+    "Tensor? projection, Tensor? block_table, Tensor? seq_lens, int element, int row_reduce, "
+    "bool softmax, int head_reduce, int num_out_heads, Tensor? head_weights, int page_reduce, "
+    "int page_size, "
     "int skip_first, int skip_last, bool causal, float score_scale) -> Tensor scores",
     "append_kv": "attnsieve::append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor? block_table, Tensor? seq_lens, Tensor? cu_seqlens, Tensor? k_scale, Tensor? v_scale, "

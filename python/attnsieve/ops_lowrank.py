@@ -47,9 +47,11 @@ def low_rank_attention(
 ) -> Tensor | tuple[Tensor | TokenIndex, ...]:
     """Attention of 1 to 8 new query rows per sequence over the k keys whose proxies score best.
 
-    :func:`proxy_scores` of ``(q @ projection) . proxy``, :func:`select_topk` and :func:`decode`. Nothing synchronises and no shape depends on values.
-    :func:`lowrank_fit` makes the projections; :class:`PagedKVCache` with ``projection=to_k`` keeps
-    the proxies of paged keys as they are written.
+    Three launches: :func:`proxy_scores` of ``(q @ projection) . proxy``, :func:`select_topk` and
+    :func:`decode`; codes, several rows and more than 64 numbers take one before them. Nothing
+    synchronises and no shape depends on values. :func:`lowrank_fit` makes the projections;
+    :class:`PagedKVCache` with ``projection=to_k`` keeps the proxies of paged keys as they are
+    written.
 
     Args:
         q, k_cache, v_cache: as in :func:`topk_attention`, float8 caches too.

@@ -120,7 +120,7 @@ class LowRank(DecodeMethod):
                 seq_lens=cache.seq_lens,
                 **options,
             )
-        return attend_to_best(q, cache, fit.queries(q), proxies, **self._budget, **options)
+        return attend_to_best(q, cache, q, proxies, projection=fit.to_q, **self._budget, **options)
 
     @property
     def _budget(self) -> dict:

@@ -71,12 +71,14 @@ def attend_to_best(
     list_heads: str,
     softmax_scale: float | None,
     sink: Tensor | None,
+    projection: Tensor | None = None,
     return_index: bool = False,
 ) -> Tensor | tuple[Tensor, TokenIndex]:
     """Attention to the ``k`` tokens of largest ``numbers . proxies``, a list per row.
 
     Args:
-        numbers: of the queries, ``[B, Hq, Sq, r]``; proxies: of the keys, ``[B, H, S, r]``.
+        numbers: of the queries, ``[B, Hq, Sq, r]``, or with ``projection`` what it makes them of;
+            proxies: of the keys, ``[B, H, S, r]``.
         k, recent: budget, and how many of the newest tokens are inside it whatever they score.
         list_heads: as in :func:`num_lists`; the largest score over the heads of a list counts.
         return_index: also return the lists.
@@ -84,6 +86,7 @@ def attend_to_best(
     scores = proxy_scores(
         numbers,
         proxies,
+        projection=projection,
         seq_lens=cache.seq_lens,
         row_reduce="max" if q.shape[2] == 1 else None,
         head_reduce="max",
