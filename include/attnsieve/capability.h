@@ -73,7 +73,7 @@ inline const std::vector<Capability>& capabilities() {
       "few long lists by thread block clusters; the rest as sm_80";
   static const char* const kProxyFeatures =
       "dot, ReLU dot, page bounds; float8_e4m3 and int8 keys; max, mean, sum over rows, heads, "
-      "pages; softmax; GQA, paged, causal rows";
+      "pages; softmax; projected queries; GQA, paged, causal rows";
   static const char* const kAppendFeatures =
       "contiguous, paged (any page_size), packed rows; float8_e4m3 cache; page bounds; projected "
       "keys";
