@@ -89,6 +89,13 @@ def parser() -> argparse.ArgumentParser:
         help="F of the threshold in decode steps",
     )
     options.add_argument(
+        "--ranks",
+        nargs="+",
+        type=positive,
+        default=[16, 32],
+        help="numbers of a key that LowRank scores in decode steps: multiples of 8",
+    )
+    options.add_argument(
         "--decode-tokens",
         type=positive,
         help="steps per decode row (default: one in 64 tokens of the length, at most 64)",
@@ -136,6 +143,7 @@ def _run(options: argparse.Namespace) -> None:
         options.decode_methods,
         options.decode_budgets,
         options.decode_threshold_scales,
+        options.ranks,
     )
     total += decode.count_decode_rows(*decode_options)
     steps = options.decode_tokens or decode.steps_of(options.length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,8 +48,8 @@ DECODE_FAMILIES = {
 TWO_PHASE = "threshold 2-phase"
 DENSE_DECODE = "dense decode"
 PAGE_SIZE = 16
-# Numbers of a key that the low-rank and FASA rows score; a quarter of SmolLM2's head_dim.
-RANK = 16
+# Numbers of a key that FASA's rows score; a quarter of SmolLM2's head_dim.
+FASA_NUMBERS = 16
 # Splits of the threshold rows. Each knows the maximum of its own tiles alone: with four, SmolLM2
 # skips 0.20 instead of 0.68 of 2048 tokens at F = 1000, with the op's default nothing.
 THRESHOLD_SPLITS = 1
@@ -131,14 +132,24 @@ class _Learners(DenseDecode):
             method.prefill(q, k, **place)
 
 
+def recent_of(budget: int) -> int:
+    """Newest tokens among the ``budget`` keys of a method that always keeps some."""
+    return max(1, budget // 8)
+
+
+def lowrank_name(rank: int) -> str:
+    """Name of the rows of LowRank with ``rank`` numbers of a key."""
+    return f"{DECODE_FAMILIES['lowrank']} r{rank}"
+
+
 def method_of(family: str, budget: int, length: int, subject: Subject) -> DecodeMethod:
     """A method whose sparse layers keep ``budget`` keys of ``length``, windows included.
 
     Windows that the papers give for longer texts shrink with the budget: TokenSelect's are 1/16 and
-    1/4 of it, DELTA's recent pages and the recent tokens of LowRank, Squeezed and TriAttention 1/8,
+    1/4 of it, DELTA's recent pages and the recent tokens of Squeezed and TriAttention 1/8,
     TriAttention's period 1/16. Squeezed's threshold is the quantile that leaves the budget's share.
     """
-    recent = max(1, budget // 8)
+    recent = recent_of(budget)
     if family == "quest":
         return Quest(budget, PAGE_SIZE)
     if family == "tidaldecode":
@@ -147,10 +158,8 @@ def method_of(family: str, budget: int, length: int, subject: Subject) -> Decode
         return Delta(budget, PAGE_SIZE, recent_pages=max(1, budget // (8 * PAGE_SIZE)))
     if family == "recycled":
         return Recycled(budget)
-    if family == "lowrank":
-        return LowRank(budget, RANK, recent=recent)
     if family == "fasa":
-        return FASA(budget, RANK // 2)
+        return FASA(budget, FASA_NUMBERS // 2)
     if family == "squeezed":
         share = max(0.0, 1.0 - budget / length)
         return Squeezed(share, observed=recent, capacity=budget - recent)
@@ -171,10 +180,14 @@ def decode_rows(
     families: Sequence[str],
     budgets: Sequence[float],
     threshold_scales: Sequence[float],
+    ranks: Sequence[int],
     length: int,
     subject: Subject,
 ) -> Iterator[tuple[str, str, DecodeMethod]]:
-    """(name, budget, method) of every row, the dense one first; two-phase at the middle scale."""
+    """(name, budget, method) of every row, the dense one first; two-phase at the middle scale.
+
+    LowRank has rows of each of ``ranks``, an eighth of a budget the newest tokens.
+    """
     yield DENSE_DECODE, "", DenseDecode()
     for family in families:
         if family == "threshold":
@@ -184,20 +197,28 @@ def decode_rows(
             middle = sorted(threshold_scales)[len(threshold_scales) // 2]
             yield TWO_PHASE, f"{middle:g}/L", ThresholdDecode(middle, two_phase=True)
             continue
-        for fraction in budgets:
-            budget = budget_of(fraction, length)
+        kept = [budget_of(fraction, length) for fraction in budgets]
+        if family == "lowrank":
+            for rank, budget in itertools.product(ranks, kept):
+                method = LowRank(budget, rank, recent=recent_of(budget))
+                yield lowrank_name(rank), str(budget), method
+            continue
+        for budget in kept:
             method = method_of(family, budget, length, subject)
             yield DECODE_FAMILIES[family], str(budget), method
 
 
 def count_decode_rows(
-    families: Sequence[str], budgets: Sequence[float], threshold_scales: Sequence[float]
+    families: Sequence[str],
+    budgets: Sequence[float],
+    threshold_scales: Sequence[float],
+    ranks: Sequence[int],
 ) -> int:
     """Pieces of work of this part, the prefill included; none without families."""
     if not families:
         return 0
-    counts = (len(threshold_scales) + 1 if x == "threshold" else len(budgets) for x in families)
-    return 2 + sum(counts)
+    special = {"threshold": len(threshold_scales) + 1, "lowrank": len(ranks) * len(budgets)}
+    return 2 + sum(special.get(family, len(budgets)) for family in families)
 
 
 @torch.inference_mode()

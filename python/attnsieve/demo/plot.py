@@ -33,6 +33,7 @@ DECODE_STYLES = {
     DECODE_FAMILIES["threshold"]: ("#56B4E9", "P"),
     TWO_PHASE: ("#000000", "X"),
 }
+DASHES = ("-", "--", ":", "-.")
 
 
 def write_plot(
@@ -93,13 +94,16 @@ def _draw_prefill(quality, speed, results: Sequence[Result]) -> None:
 
 def _draw_decode(quality, speed, decoded: Sequence[DecodeResult]) -> None:
     dense = next(result for result in decoded if result.method == DENSE_DECODE)
-    for name, look in DECODE_STYLES.items():
+    sparse = (result for result in decoded if result.method != DENSE_DECODE)
+    names = dict.fromkeys(result.method for result in sparse)
+    ranks = [name for name in names if name not in DECODE_STYLES]  # of LowRank, a dash each
+    for name in names:
         rows = sorted((r for r in decoded if r.method == name), key=lambda r: r.keys)
-        if not rows:
-            continue
         keys = [row.keys for row in rows]
-        _line(quality, keys, [row.perplexity for row in rows], name, look)
-        _line(speed, keys, [row.speedup_vs_dense for row in rows], name, look)
+        look = DECODE_STYLES.get(name, DECODE_STYLES[DECODE_FAMILIES["lowrank"]])
+        dash = DASHES[ranks.index(name) % len(DASHES)] if name in ranks else DASHES[0]
+        _line(quality, keys, [row.perplexity for row in rows], name, look, dash)
+        _line(speed, keys, [row.speedup_vs_dense for row in rows], name, look, dash)
     rate = f"dense, {dense.tokens_per_s:.1f} tokens/s"
     _frame(quality, "perplexity of decode steps", dense.perplexity, "dense")
     _frame(speed, "tokens per second over dense decode", 1.0, rate)
@@ -109,9 +113,17 @@ def _draw_decode(quality, speed, decoded: Sequence[DecodeResult]) -> None:
     speed.set_ylim(bottom=0)
 
 
-def _line(axes, x: Sequence[float], y: Sequence[float], name: str, look: tuple[str, str]) -> None:
+def _line(
+    axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    name: str,
+    look: tuple[str, str],
+    dash: str = DASHES[0],
+) -> None:
     colour, marker = look
-    axes.plot(x, y, color=colour, marker=marker, linewidth=1.5, markersize=6, label=name)
+    style = dict(color=colour, marker=marker, linestyle=dash, linewidth=1.5, markersize=6)
+    axes.plot(x, y, label=name, **style)
 
 
 def _frame(axes, label: str, level: float, text: str) -> None:
