@@ -17,8 +17,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def _pytest_counts(text: str) -> tuple[int, int, int]:
     return count("passed"), count("failed") + count("error"), count("skipped")
 
 
-def pytest_cuda(workers: int, marker: str | None = None) -> list[dict]:
+def pytest_cuda(workers: int, marker: str | None = None) -> dict:
     """The CUDA cases of the test suite; more than one worker needs pytest-xdist."""
     options = ["-k", "cuda"] + (["-m", marker] if marker else [])
     command = [sys.executable, "-m", "pytest", "tests", *options, "-p", "no:cacheprovider"]
@@ -117,7 +117,7 @@ def pytest_cuda(workers: int, marker: str | None = None) -> list[dict]:
     print(done.stdout[-5000:], done.stderr[-2000:], flush=True)
     passed, failed, skipped = _pytest_counts(done.stdout)
     suite = " ".join(["pytest", *options])
-    return [record(suite, passed, failed, skipped, time.perf_counter() - start)]
+    return record(suite, passed, failed, skipped, time.perf_counter() - start)
 
 
 def _sanitize(tool: str, command: list[str], flags: Sequence[str] = ()) -> bool:
@@ -158,8 +158,8 @@ def sanitized_binary(tool: str, binary: Path) -> dict:
     return record(suite, sum(passed), failed, 0, time.perf_counter() - start)
 
 
-def sanitizers(binary: Path, workers: int) -> list[dict]:
-    """compute-sanitizer over the attend kernels, the small ops and the decode family."""
+def sanitizers(binary: Path, workers: int) -> Iterator[dict]:
+    """Rows of compute-sanitizer over attend, the small ops and the decode family, as they end."""
     jobs = [partial(sanitized_binary, tool, binary) for tool in SANITIZER_TOOLS]
     jobs.append(partial(sanitized_tests, "memcheck", "selection and empty tests", PYTHON_OPS))
     for op, (file, chosen) in DECODE_OPS.items():
@@ -167,7 +167,26 @@ def sanitizers(binary: Path, workers: int) -> list[dict]:
             tests = [file, "-k", chosen]
             jobs.append(partial(sanitized_tests, tool, f"{op} tests", tests, OWN_KERNELS))
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda job: job(), jobs))
+        for done in as_completed([pool.submit(job) for job in jobs]):
+            yield done.result()
+
+
+def keep(path: Path, row: dict) -> None:
+    """Write ``row`` into the file at ``path``, in place of an older one of its suite."""
+    rows = results.read(path) if path.exists() else []
+    suites = [old["suite"] for old in rows]
+    at = suites.index(row["suite"]) if row["suite"] in suites else len(rows)
+    rows[at : at + 1] = [row]
+    results.write(path, rows)
+
+
+def _suites(args: argparse.Namespace) -> Iterator[dict]:
+    if "pytest" in args.suite:
+        yield pytest_cuda(args.workers)
+    if "slow" in args.suite:
+        yield pytest_cuda(args.workers, "slow")
+    if "sanitizers" in args.suite:
+        yield from sanitizers(args.binary.resolve(), args.workers)
 
 
 def main() -> int:
@@ -180,18 +199,12 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="folder of tests.json")
     args = parser.parse_args()
-    rows = []
-    if "pytest" in args.suite:
-        rows += pytest_cuda(args.workers)
-    if "slow" in args.suite:
-        rows += pytest_cuda(args.workers, "slow")
-    if "sanitizers" in args.suite:
-        rows += sanitizers(args.binary.resolve(), args.workers)
     path = (args.out or results.RESULTS / device_name("cuda")) / "tests.json"
-    fresh = {row["suite"] for row in rows}
-    old = [row for row in results.read(path) if row["suite"] not in fresh] if path.exists() else []
-    results.write(path, old + rows)
-    return 1 if any(row["failed"] for row in rows) else 0
+    failed = 0
+    for row in _suites(args):  # one by one: what has run stays recorded if a later suite is killed
+        keep(path, row)
+        failed += row["failed"]
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
