@@ -48,8 +48,8 @@ DECODE_FAMILIES = {
 TWO_PHASE = "threshold 2-phase"
 DENSE_DECODE = "dense decode"
 PAGE_SIZE = 16
-# Numbers of a key that FASA's rows score; a quarter of SmolLM2's head_dim.
-FASA_NUMBERS = 16
+# Pairs of dims that FASA's rows score: 16 numbers of a key, a quarter of SmolLM2's head_dim.
+FASA_PAIRS = 8
 # Splits of the threshold rows. Each knows the maximum of its own tiles alone: with four, SmolLM2
 # skips 0.20 instead of 0.68 of 2048 tokens at F = 1000, with the op's default nothing.
 THRESHOLD_SPLITS = 1
@@ -137,11 +137,6 @@ def recent_of(budget: int) -> int:
     return max(1, budget // 8)
 
 
-def lowrank_name(rank: int) -> str:
-    """Name of the rows of LowRank with ``rank`` numbers of a key."""
-    return f"{DECODE_FAMILIES['lowrank']} r{rank}"
-
-
 def method_of(family: str, budget: int, length: int, subject: Subject) -> DecodeMethod:
     """A method whose sparse layers keep ``budget`` keys of ``length``, windows included.
 
@@ -159,7 +154,7 @@ def method_of(family: str, budget: int, length: int, subject: Subject) -> Decode
     if family == "recycled":
         return Recycled(budget)
     if family == "fasa":
-        return FASA(budget, FASA_NUMBERS // 2)
+        return FASA(budget, FASA_PAIRS)
     if family == "squeezed":
         share = max(0.0, 1.0 - budget / length)
         return Squeezed(share, observed=recent, capacity=budget - recent)
@@ -201,7 +196,7 @@ def decode_rows(
         if family == "lowrank":
             for rank, budget in itertools.product(ranks, kept):
                 method = LowRank(budget, rank, recent=recent_of(budget))
-                yield lowrank_name(rank), str(budget), method
+                yield f"{DECODE_FAMILIES[family]} r{rank}", str(budget), method
             continue
         for budget in kept:
             method = method_of(family, budget, length, subject)
