@@ -106,6 +106,19 @@ def test_exact_products_are_scored_as_if_they_were_given(op, pick):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES["cpu"][1:])
+@pytest.mark.parametrize("width, rows", [(32, 1), (32, 3), (64, 1), (128, 1)])
+def test_what_is_scored_is_rounded_to_nearest(op, width, rows, dtype):
+    """Sums that float32 holds and the dtype does not, in one launch and in two."""
+    q = integers((2, 8, rows, 128), -40, 40, 0).to(dtype)
+    projection = integers((2, 128, width), -40, 40, 1).to(dtype)
+    keys = integers((2, 2, 300, width), -1, 1, 2).to(dtype)
+    narrow = narrowed(q, projection)
+    assert (narrow.to(dtype).double() != narrow).any()
+    got = op.proxy_scores(q, keys, projection=projection)
+    assert_bitwise(got, op.proxy_scores(narrow.to(dtype), keys))
+
+
 @pytest.mark.parametrize("pick", CASES, ids=[str(i) for i in range(len(CASES))])
 def test_scores_equal_the_oracle(op, pick):
     q, projection, keys, options = drawn(pick | dict(softmax=False), exact=False)
