@@ -7,6 +7,7 @@ Q and K, head_dim x head_dim, are all that it needs to read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 # Rows whose Gram matrix is computed at once: float64 copies of 32 heads of 128 take 128 MB.
 _CHUNK = 4096
-# Rows that tensor cores add in float32, to 1e-6 of the diagonal; and how many of these at once.
-_NARROW_ROWS, _NARROW_CHUNKS = 512, 32
+# Rows that tensor cores add in float32, to 1e-6 of the diagonal; how many such sums are added in
+# float32 once more; and how many are kept, 128 MB at head_dim 128.
+_NARROW_ROWS, _NARROW_SUMS, _NARROW_CHUNKS = 512, 64, 2048
 # Added to the diagonal of an r x r matrix, relative to its mean: singular ones stay solvable. The
 # second to that of a Gram matrix of float32 sums, whose rounding could make it indefinite.
 _RIDGE, _NARROW_RIDGE = 1e-10, 1e-5
@@ -72,8 +74,8 @@ def lowrank_fit(
 
     Args:
         q: ``[B, Hq, Sq, D]``; k: ``[B, Hkv, Sk, D]``, after RoPE. Any floating dtype; everything is
-            computed in float64, but for 512 rows at a time of 16-bit inputs on a GPU, whose
-            products are added in float32 (to 1e-6 of a Gram matrix's diagonal, which gains 1e-5).
+            computed in float64, but for 16-bit inputs on a GPU: their products are added in float32
+            over 32768 rows (to 1e-6 of a Gram matrix's diagonal, which gains 1e-5).
         rank: r, from 1 to D.
         share: ``"kv_head"``, one fit for the query heads of a group, to the mean of their Gram
             matrices: a key then has r numbers; ``"query_head"``, as published: r for each of them.
@@ -239,11 +241,12 @@ def _gram(x: Tensor) -> Tensor:
     total = x.new_zeros((*x.shape[:2], x.shape[3], x.shape[3]), dtype=torch.float64)
     if _is_narrow(x):
         whole = x.shape[2] // _NARROW_ROWS * _NARROW_ROWS
-        for part in x[:, :, :whole].split(_NARROW_ROWS * _NARROW_CHUNKS, 2):
-            chunks = part.unflatten(2, (-1, _NARROW_ROWS))
-            rows = chunks.flatten(0, 2)
-            sums = torch.bmm(rows.mT, rows, out_dtype=torch.float32)
-            total += sums.unflatten(0, chunks.shape[:3]).sum(2, dtype=torch.float64)
+        for rows, sums in _runs_of_heads(x[:, :, :whole], total):
+            chunks = rows.unflatten(1, (-1, _NARROW_ROWS))
+            blocks = chunks.flatten(0, 1)
+            products = torch.bmm(blocks.mT, blocks, out_dtype=torch.float32)
+            for part in products.unflatten(0, chunks.shape[:2]).split(_NARROW_SUMS, 1):
+                sums += part.sum(1)
         diagonal = total.diagonal(dim1=2, dim2=3)
         diagonal += _NARROW_RIDGE * diagonal.mean(2, keepdim=True)
         x = x[:, :, whole:]
@@ -251,6 +254,21 @@ def _gram(x: Tensor) -> Tensor:
         part = part.double()
         total += part.transpose(2, 3) @ part
     return total
+
+
+def _runs_of_heads(x: Tensor, total: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows [h, n, D] of heads of ``x``, views of it, and these heads of ``total``."""
+    longest = _NARROW_ROWS * _NARROW_CHUNKS
+    at_once = max(1, longest // max(1, x.shape[2]))
+    whole = (
+        [(x.flatten(0, 1), total.flatten(0, 1))]
+        if x.is_contiguous()
+        else zip(x, total, strict=True)
+    )
+    for heads, sums in whole:
+        for part, sums_of_part in zip(heads.split(at_once), sums.split(at_once), strict=True):
+            for rows in part.split(longest, 1):
+                yield rows, sums_of_part
 
 
 def _is_narrow(x: Tensor) -> bool:
